@@ -1,0 +1,350 @@
+"""Background noise reduction of attention maps (BNR): the classifier and its seeds. Equations 1-9 of the paper, Sec. 3.
+
+    python bnr.py train     DATA's photos and image labels -> OUT/classifier.pth
+    python bnr.py cams      OUT/classifier.pth             -> OUT/cams/ID.npz, the seeds
+    python bnr.py show      all stages' files              -> OUT/show.png
+    python bnr.py ablation  Table 5's rows over seeds      -> OUT/ablation/ROW-seedN/
+
+--loss transcam is the baseline (TransCAM), --loss bnr the paper's; --noise 1, 2, none are the columns of Table 5.
+"""
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import v2
+from torchvision.utils import draw_segmentation_masks, make_grid, save_image
+
+import data
+from conformer import ARCHS, STRIDE, Conformer, init_attention
+
+PRESETS = {  # defaults that differ from the published VOC setting, which is that of the flags
+    "voc": {},
+    "coco": {"epochs": 10, "batch_size": 16},
+    "toy": {"arch": "nano", "from_scratch": True, "epochs": 40, "batch_size": 16, "lr": 2e-3, "crop": 192,
+            "long_side": (176, 256), "plain": True},
+    "small": {"epochs": 3, "lr": 2e-4, "crop": 160, "long_side": (144, 224), "plain": True, "scales": (0.6, 1.0)},
+}
+HEADS = ("conv_cls_head", "trans_cls_head")
+ROWS = {"transcam": ("transcam", "1"), "no noise": ("bnr", "none"), "noise x1": ("bnr", "1"), "noise x2": ("bnr", "2")}
+
+
+# ---------------------------------------------------------------- equations
+
+def class_activation_map(features, weight, bias):
+    """Eq. 1: M = head(f). The paper writes a product with w; TransCAM and we use a 3x3 convolution.
+
+    features: (B, C, h, w), weight: (K, C, 3, 3), bias: (K,)  ->  (B, K, h, w)
+    """
+    return F.conv2d(features, weight, bias, padding=1)
+
+
+def attention(q, k):
+    """Eq. 2: A^{b,h} = softmax(Q K' / sqrt(D/H)). q, k: (B, H, 1+N, D/H)  ->  (B, H, 1+N, 1+N)"""
+    return torch.softmax(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5, dim=-1)
+
+
+def mean_over_heads(attn):
+    """Eq. 3: (B, H, 1+N, 1+N)  ->  (B, 1+N, 1+N)"""
+    return attn.mean(1)
+
+
+def sum_over_blocks(attns):
+    """Eq. 4: A* = sum over blocks, without the class token's row and column. list of (B, 1+N, 1+N)  ->  (B, N, N)"""
+    return torch.stack(attns).sum(0)[:, 1:, 1:]
+
+
+def refined_cam(attn, cam):
+    """Eq. 5: M*_s = A* M_s. attn: (B, N, N), cam: (B, K, h, w)  ->  (B, K, h, w)"""
+    return torch.einsum("bij,bkj->bki", attn, cam.flatten(2)).view_as(cam)
+
+
+def noisy_cam(attn, refined, blocks, noise):
+    """Eqs. 6, 7: M**_s = noise * (A* / blocks) M*_s. attn: (B, N, N), refined: (B, K, h, w)  ->  (B, K, h, w)"""
+    return noise * refined_cam(attn / blocks, refined)
+
+
+def attend(qks, maps):
+    """Eqs. 2-5 in one, A* `maps`, without any N x N matrix: attention whose values are the maps, 0 for the class token.
+
+    qks: list of (q, k), each (B, H, 1+N, D/H); maps: (B, K, h, w)  ->  float32 (B, K, h, w)
+    """
+    B, K, h, w = maps.shape
+    width = qks[0][0].shape[-1]
+    out = []
+    for part in maps.flatten(2).split(width, dim=1):  # torch's fused kernels want values as wide as the queries
+        values = F.pad(part.transpose(1, 2), (0, width - part.shape[1], 1, 0))  # (B, 1+N, D/H)
+        total = 0
+        for q, k in qks:
+            v = values.to(q.dtype)[:, None].expand(-1, q.shape[1], -1, -1)
+            total = total + F.scaled_dot_product_attention(q, k, v)[:, :, 1:, :part.shape[1]].float().mean(1)
+        out.append(total.transpose(1, 2))  # (B, up to D/H classes, N)
+    return torch.cat(out, dim=1).view(B, K, h, w)
+
+
+def soft_margin_loss(z, labels):
+    """Eq. 8: multi-label soft margin loss over the K foreground classes. z, labels: (B, K)  ->  scalar"""
+    return -(labels * F.logsigmoid(z) + (1 - labels) * F.logsigmoid(-z)).mean()
+
+
+def bnr_loss(z, z_noisy, labels):
+    """Eq. 9: L = L_cls + L_M**. z: GAP(M) + Linear(class token), z_noisy: GAP(M**), labels: (B, K)  ->  scalar"""
+    return soft_margin_loss(z, labels) + soft_margin_loss(z_noisy, labels)
+
+
+def forward(model, images):
+    """-> M (B, K, h, w), z = GAP(M) + Linear(class token) (B, K), the blocks' queries and keys"""
+    features, token, qks = model(images)
+    cam = class_activation_map(features, model.conv_cls_head.weight, model.conv_cls_head.bias)
+    return cam, cam.mean((2, 3)) + model.trans_cls_head(token), qks
+
+
+def loss_of(model, images, labels, loss, noise):
+    """`loss`: "transcam" or "bnr"; `noise`: "none" or the factor of eq. 6 ("1", "2")  ->  scalar"""
+    cam, z, qks = forward(model, images)
+    if loss == "transcam":
+        return soft_margin_loss(z.float(), labels)
+    noisy = attend(qks, cam)  # M*
+    if noise != "none":
+        noisy = float(noise) / len(qks) * attend(qks, noisy)  # M**, eqs. 6 and 7
+    return bnr_loss(z.float(), noisy.mean((2, 3)), labels)
+
+
+# ---------------------------------------------------------------- train
+
+def augment(args):
+    """PIL photo -> float32 (3, crop, crop)"""
+    return v2.Compose([
+        data.ResizeLongSide(*args.long_side), v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3, 0.1),
+        v2.RandomCrop(args.crop, pad_if_needed=True, fill=data.MEAN_COLOUR), data.to_tensor()])
+
+
+def build(args, num_labels):
+    """The classifier with the weights that the flags ask for."""
+    if not (args.pretrained or args.from_scratch):
+        raise InputError_weights(args.arch)
+    model = Conformer(args.arch, num_labels)
+    fresh = list(model.state_dict())
+    if args.pretrained:
+        state = data.read_weights(args.pretrained)
+        fresh = data.load_weights(model, state.get("model", state), args.pretrained, heads=HEADS, partial=args.partial,
+                                  hint=f": Conformer_{args.arch}_patch16.pth fits" + ("" if args.partial else ", or --partial"))
+    for name, block in model.blocks():
+        if args.sharpness and f"{name}.attn.qkv.weight" in fresh:
+            init_attention(block, args.sharpness)
+    return model.to(args.device, memory_format=torch.channels_last)
+
+
+def InputError_weights(arch):
+    return data.InputError(
+        f"no weights: CONFORMER=FILE (--pretrained) takes Conformer_{arch}_patch16.pth of the Conformer repository "
+        f"(github.com/pengzhiliang/Conformer), FROM_SCRATCH=1 (--from-scratch) starts without")
+
+
+def train(args):
+    """Train the classifier (Sec. 3.3) -> OUT/classifier.pth"""
+    dataset = data.DataSet(args.data)
+    ids = dataset.ids("train_aug")
+    labels = dict(zip(ids, dataset.labels(ids)))
+    if args.crop % (2 * STRIDE):
+        raise data.InputError(f"--crop {args.crop} is no multiple of {2 * STRIDE}")
+    prepare = augment(args)
+    batches = data.loader(data.Images(dataset, ids, lambda id, image: (prepare(image), labels[id])), args.batch_size, args, True)
+    model = build(args, len(dataset.classes))
+    record = data.begin(args, "classifier")
+    if record["done"]:
+        return print(f"{args.out / 'classifier.pth'} is done already")
+    since = time.time()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    data.fit(args, "classifier", record, model, optimizer, batches,
+             lambda images, y: loss_of(model, images, y, args.loss, args.noise), args.epochs * len(batches))
+    record = json.loads((args.out / "classifier.json").read_text())
+    data.finish(args, "classifier", record, time.time(), map=evaluate(model, dataset, args))
+
+
+@torch.inference_mode()
+def evaluate(model, dataset, args):
+    """Mean average precision of the image labels on val, photos resized to the crop; None without a val list."""
+    ids = dataset.ids("val", required=False)
+    if not ids:
+        return None
+    labels, scores = dataset.labels(ids), []
+    prepare = v2.Compose([v2.Resize((args.crop, args.crop), v2.InterpolationMode.BICUBIC), data.to_tensor()])
+    model.eval()
+    for images in data.loader(data.Images(dataset, ids, lambda id, image: prepare(image)), args.batch_size, args, False):
+        with data.autocast(args):
+            scores.append(forward(model, images.to(args.device))[1].float().cpu())
+    result = data.mean_average_precision(torch.cat(scores), labels)
+    print(f"mAP on val: {100 * result:.2f} %")
+    return result
+
+
+# ---------------------------------------------------------------- seeds
+
+@torch.inference_mode()
+def export(model, images, args):
+    """Multi-scale M* (and M) of a batch of equally many photos a scale, mirror images included (Sec. 4.2).
+
+    images: list of (B, 3, s, s)  ->  {"refined": list of (B, K, s/16, s/16), "plain": the same, if asked for}
+    """
+    maps = {"refined": []} | ({"plain": []} if args.plain else {})
+    for photos in images:
+        with data.autocast(args):
+            cam, _, qks = forward(model, torch.cat([photos, photos.flip(3)]))
+        for name, both in (("refined", attend(qks, cam)), ("plain", cam.float())):
+            if name in maps:
+                straight, mirrored = both.chunk(2)
+                maps[name].append((straight + mirrored.flip(3)).cpu())
+    return maps
+
+
+def cams(args):
+    """Export the seeds of every photo that a later stage reads -> OUT/cams/ID.npz"""
+    dataset = data.DataSet(args.data)
+    ids = list(dict.fromkeys(dataset.ids("train_aug") + dataset.ids("train", required=False)))
+    if args.weights:
+        saved = {"settings": vars(args), "model": data.read_weights(args.weights)}
+        model = Conformer(args.arch, len(dataset.classes))
+        state = {k: v[1:] if k.startswith(HEADS) and len(v) == dataset.num_classes else v for k, v in saved["model"].items()}
+        data.load_weights(model, state, args.weights, hint=f": a TransCAM classifier, Conformer-{args.arch}, fits")
+    else:
+        data.read_record(args.out, "classifier")
+        saved = data.read_weights(args.out / "classifier.pth")
+        model = Conformer(saved["settings"]["arch"], len(dataset.classes))
+        data.load_weights(model, saved["model"], args.out / "classifier.pth")
+    model = model.to(args.device, memory_format=torch.channels_last).eval()
+    record = data.begin(args, "cams", reads=() if args.weights else ("classifier",), without=("batch_size", "arch", "crop"))
+    todo = data.missing_outputs(record, {id: args.out / "cams" / f"{id}.npz" for id in ids})
+    if record["done"] and not todo:
+        return print(f"{args.out / 'cams'}: all {len(ids)} seeds are done already")
+    since, labels = time.time(), dict(zip(ids, dataset.labels(ids)))
+    step = 2 * STRIDE  # keeps the sides of every scale multiples of the stride
+    sizes = [max(step, round(saved["settings"]["crop"] * s / step) * step) for s in args.scales]
+    print(f"photos resized to {', '.join(f'{s}x{s}' for s in sizes)}, each with its mirror image")
+
+    def item(id, image):
+        scaled = [v2.functional.resize(image, [s, s], v2.InterpolationMode.BICUBIC) for s in sizes]
+        return id, image.size[::-1], [data.to_tensor()(s) for s in scaled]
+
+    with data.tqdm(total=len(ids), initial=len(ids) - len(todo), desc="cams", unit="img") as bar:
+        for names, shapes, images in data.loader(data.Images(dataset, todo, item), args.batch_size, args, False):
+            maps = export(model, [x.to(args.device) for x in images], args)
+            for n, id in enumerate(names):
+                own = labels[id].nonzero()[:, 0]
+                data.write_seeds(args.out / "cams" / f"{id}.npz", own.numpy() + 1, [int(side[n]) for side in shapes],
+                                 **{name: [scale[n, own].numpy() for scale in scales] for name, scales in maps.items()})
+            bar.update(len(names))
+    data.finish(args, "cams", record, since)
+
+
+# ---------------------------------------------------------------- pictures and Table 5
+
+def heat(photo, classes, maps, colours):
+    """The photo, darkened, with each class map in its class's colour. photo: uint8 (3, H, W), maps: (k, H, W) -> the same"""
+    grey = 0.35 * photo.float().mean(0, keepdim=True).expand(3, -1, -1)
+    if not len(classes):
+        return grey.byte()
+    value, winner = torch.from_numpy(maps).max(0)
+    colour = colours[torch.from_numpy(classes)[winner]].permute(2, 0, 1).float()
+    return (grey * (1 - value) + colour * value).clamp(0, 255).byte()
+
+
+def show(args):
+    """Draw photo, ground truth, plain CAM, seed, pseudo label and segmentation in a row for some ids -> OUT/show.png"""
+    dataset, out = data.DataSet(args.data), args.out
+    data.read_record(out, "cams")
+    colours, rows, side = torch.from_numpy(data.palette()), [], args.height
+    for id in args.ids or dataset.ids("train")[:4]:
+        photo = v2.functional.pil_to_tensor(data.read_image(dataset.image(id)))
+        panels = [photo]
+
+        def labelled(path):
+            if not path.is_file():
+                return torch.full_like(photo, 255)  # a stage that has not run, or not on this photo, stays white
+            mask = torch.from_numpy(data.read_mask(path)).long()
+            named = [c for c in range(1, 256) if (mask == c).any()]
+            if not named:
+                return photo
+            return draw_segmentation_masks(photo, torch.stack([mask == c for c in named]), 0.75, [tuple(colours[c].tolist()) for c in named])
+
+        panels.append(labelled(dataset.mask(id)))
+        for name in ("plain", "refined"):
+            path = out / "cams" / f"{id}.npz"
+            try:
+                panels.append(heat(photo, *data.read_seeds(path, name), colours))
+            except data.InputError:
+                panels.append(torch.full_like(photo, 255))
+        panels += [labelled(out / folder / f"{id}.png") for folder in ("pseudo_labels", "segmentation")]
+        width = round(side * photo.shape[2] / photo.shape[1])
+        rows.append([v2.functional.resize(p, [side, width], antialias=True) for p in panels])
+    widest = max(row[0].shape[2] for row in rows)
+    panels = [v2.functional.pad(p, [0, 0, widest - p.shape[2], 0], fill=255) for row in rows for p in row]
+    grid = make_grid(torch.stack(panels).float() / 255, nrow=6, padding=4, pad_value=1)
+    data.write(out / "show.png", lambda file: save_image(grid, file, format="png"))
+    print(f"photo | ground truth | plain CAM | seed | pseudo label | segmentation -> {out / 'show.png'}")
+
+
+def ablation(args):
+    """Table 5: classifier and seeds for the baseline and three losses, over --seeds; prints mean and deviation."""
+    dataset = data.DataSet(args.data)
+    ids = dataset.ids("train")
+    results = {name: [] for name in ROWS}
+    for seed in args.seeds:
+        for name, (loss, noise) in ROWS.items():
+            run = copy.copy(args)
+            run.seed, run.loss, run.noise = seed, loss, noise
+            run.out = args.out / "ablation" / f"{name.replace(' ', '-')}-seed{seed}"
+            torch.manual_seed(seed)
+            del run.seeds
+            train(run)
+            cams(run)
+            classifier = json.loads((run.out / "classifier.json").read_text())
+            rows = [{"stage": "classifier", "split": "val", "map": classifier["map"]}]
+            for kind in (["plain"] if args.plain else []) + ["refined"]:
+                scored = data.score_seeds(dataset, ids, run.out / "cams", args.workers, kind)
+                rows.append({"stage": f"{kind} seeds", "split": "train", **scored})
+            data.write_json(run.out / "results.json", {"rows": rows})
+            results[name].append(rows)
+    for name, runs in results.items():
+        print(f"\n{name}", end="")
+        data.print_means(runs)
+
+
+def main():
+    commands = data.Commands(__doc__, PRESETS)
+    both = {}
+    for function, help in ((train, "train the classifier"), (cams, "export the seeds"), (ablation, "Table 5's rows over seeds"),
+                           (show, "draw all stages of some photos in rows")):
+        both[function] = commands.add(function, help)
+    for parser in (both[train], both[cams], both[ablation]):
+        parser.add_argument("--arch", choices=ARCHS, default="small", help="Conformer; small is the paper's")
+        parser.add_argument("--crop", type=int, default=512, help="side of the square training crops, pixels")
+        parser.add_argument("--batch-size", type=int, default=8, help="photos a step")
+    for parser in (both[train], both[ablation]):
+        if parser is both[train]:
+            parser.add_argument("--loss", choices=("bnr", "transcam"), default="bnr", help="eq. 9, or the baseline's L_cls alone")
+            parser.add_argument("--noise", choices=("1", "2", "none"), default="1", help="factor of eq. 6; none: M* itself in the loss")
+        parser.add_argument("--pretrained", type=Path, help="ImageNet weights, Conformer_ARCH_patch16.pth")
+        parser.add_argument("--partial", action=argparse.BooleanOptionalAction, default=False, help="--pretrained may lack tensors")
+        parser.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False, help="start without weights")
+        parser.add_argument("--sharpness", type=float, default=60.0, help="logit a token gives itself in fresh blocks; 0: uniform start")
+        parser.add_argument("--epochs", type=int, default=22, help="passes over train_aug")
+        parser.add_argument("--lr", type=float, default=5e-5, help="of AdamW, constant")
+        parser.add_argument("--weight-decay", type=float, default=5e-4, help="on every parameter")
+        parser.add_argument("--long-side", type=int, nargs=2, default=(320, 640), help="range of the longer side, pixels")
+    for parser in (both[cams], both[ablation]):
+        parser.add_argument("--weights", type=Path, help="a TransCAM classifier instead of OUT/classifier.pth")
+        parser.add_argument("--scales", type=float, nargs="+", default=(0.5, 1.0, 1.5), help="of the crop")
+        parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=False, help="export plain CAMs (M) too")
+    both[ablation].add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="one run of each row a seed")
+    both[show].add_argument("--ids", nargs="+", help="photos to draw (default: the first four of train)")
+    both[show].add_argument("--height", type=int, default=120, help="of a row, pixels")
+    commands.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,901 @@
+"""Data sets, transforms, training loop, seeds and the one evaluation of all stages: what the other scripts share.
+
+    python data.py toy                          draws the toy set into data/toy
+    python data.py check --data DIR             counts, and what would break a stage
+    python data.py eval  --data DIR --out OUT   scores every stage found in OUT, writes OUT/results.json
+    python data.py mean  OUT [OUT ...]          mean and standard deviation over runs (seeds)
+
+A data set is a folder in PASCAL VOC layout: JPEGImages/ID.jpg, SegmentationClass/ID.png (for scoring only),
+ImageSets/Segmentation/{train_aug,train,val}.txt, classes.txt (optional, VOC's 20 names otherwise), image labels
+from labels.txt ("ID name name ...") or else from Annotations/ID.xml.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import sys
+import time
+import uuid
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+VOID = 255  # mask value that never counts
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of RGB in [0, 1]
+MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
+THRESHOLDS = np.arange(60, dtype=np.float32) / 100  # of the seeds: 0.00 ... 0.59
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+               "pottedplant sheep sofa train tvmonitor").split()
+STAGES = {  # record in OUT: (what it holds, the command that makes it)
+    "classifier": ("classifier", "train"), "cams": ("seeds", "cams"), "affinity_labels": ("affinity labels", "psa"),
+    "affinitynet": ("AffinityNet", "psa"), "pseudo_labels": ("pseudo labels", "psa"),
+    "segmenter": ("segmenter", "seg"), "segmentation": ("segmentation", "seg")}
+
+
+class InputError(Exception):
+    """Something the user can mend. Shown as one line, exit status 1."""
+
+
+# ---------------------------------------------------------------- data set
+
+class DataSet:
+    """A folder in VOC layout. Class 0 is background; `classes` names the K foreground classes 1..K."""
+
+    def __init__(self, root):
+        self.root = Path(root)
+        if not (self.root / "JPEGImages").is_dir():
+            raise InputError(f'{self.root} is no data set in VOC layout: it has no JPEGImages'
+                             f' (the toy set is drawn by "python data.py toy")')
+        names = self.root / "classes.txt"
+        self.classes = names.read_text().split() if names.is_file() else VOC_CLASSES
+        self.num_classes = 1 + len(self.classes)
+        self._labels = None
+
+    def ids(self, split, required=True):
+        """Ids of a list in ImageSets/Segmentation. Lines are "ID" or "/JPEGImages/ID.jpg /.../ID.png"."""
+        folder = self.root / "ImageSets" / "Segmentation"
+        names = [split] + (["trainaug"] if split == "train_aug" else [])
+        path = next((p for p in (folder / f"{n}.txt" for n in names) if p.is_file()), None)
+        if path is None:
+            if required:
+                raise InputError(f"{folder} has no {split}.txt: one image id a line")
+            return []
+        ids = []
+        for line in path.read_text().split("\n"):
+            if line.strip():
+                name = line.split()[0].rsplit("/", 1)[-1]
+                ids.append(name[:-4] if name.lower().endswith((".jpg", ".png")) else name)
+        if len(set(ids)) < len(ids):
+            twice = next(i for n, i in enumerate(ids) if i in ids[:n])
+            raise InputError(f"{path} names {len(ids) - len(set(ids))} ids twice, first {twice}")
+        require([self.image(i) for i in ids])
+        return ids
+
+    def image(self, id):
+        return self.root / "JPEGImages" / f"{id}.jpg"
+
+    def mask(self, id):
+        return self.root / "SegmentationClass" / f"{id}.png"
+
+    def labels(self, ids):
+        """Image-level labels. ids -> float32 (len(ids), K) of 0 and 1."""
+        number = {name: n for n, name in enumerate(self.classes)}
+        out = torch.zeros(len(ids), len(self.classes))
+        for row, id in enumerate(ids):
+            for name in self._names(id):
+                if name not in number:
+                    raise InputError(f'{self.root}: the label "{name}" of {id} is not among its {len(number)} classes')
+                out[row, number[name]] = 1
+        return out
+
+    def _names(self, id):
+        if self._labels is None:
+            path = self.root / "labels.txt"
+            lines = path.read_text().splitlines() if path.is_file() else []
+            self._labels = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
+        if id not in self._labels:
+            path = self.root / "Annotations" / f"{id}.xml"
+            try:
+                objects = ElementTree.parse(path).getroot().findall("object")
+            except (OSError, ElementTree.ParseError) as error:
+                raise InputError(f"no image labels of {id}: not in {self.root}/labels.txt, and {path}: {error}") from None
+            self._labels[id] = [o.findtext("name").strip() for o in objects]
+        return self._labels[id]
+
+
+def require(paths):
+    """Raise InputError unless all files exist."""
+    missing = [p for p in paths if not p.is_file()]
+    if missing:
+        raise InputError(f"{missing[0].parent} lacks {len(missing)} of {len(paths)} images, first {missing[0].name}")
+
+
+def read_image(path):
+    """An image file of any mode -> PIL RGB."""
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def read_mask(path):
+    """An index PNG -> uint8 (H, W)."""
+    try:
+        mask = Image.open(path)
+        if mask.mode not in ("P", "L"):
+            raise InputError(f"{path} is no index PNG (8-bit palette or grey) but {mask.mode}")
+        return np.array(mask)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def palette():
+    """PASCAL VOC's colours. -> uint8 (256, 3)"""
+    index, colours = np.arange(256), np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+def write_mask(path, mask):
+    """uint8 (H, W) -> index PNG with PASCAL VOC's palette."""
+    image = Image.fromarray(mask.astype(np.uint8), mode="L")
+    image.putpalette(palette().tobytes())
+    write(path, lambda file: image.save(file, format="PNG"))
+
+
+def write(path, save):
+    """`save(file)` into a temporary name, then rename: a file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- transforms (PIL image, and mask where there is one)
+
+class ResizeLongSide(v2.Transform):
+    """The longer side becomes a random length in [low, high] pixels (Pillow bicubic, antialiased)."""
+
+    def __init__(self, low, high):
+        super().__init__()
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs):
+        width, height = v2.functional.get_size(flat_inputs[0])[::-1]
+        scale = int(torch.randint(self.low, self.high + 1, ())) / max(width, height)
+        return {"size": [max(1, round(height * scale)), max(1, round(width * scale))]}
+
+    _get_params = make_params  # its name before torchvision 0.21
+
+    def transform(self, image, params):
+        return v2.functional.resize(image, params["size"], InterpolationMode.BICUBIC)
+
+    _transform = transform
+
+
+def to_tensor():
+    """PIL RGB -> float32 (3, H, W), ImageNet mean and deviation."""
+    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+
+class Images(torch.utils.data.Dataset):
+    """`item(id, PIL image)` for each id of a data set, in the loader's workers."""
+
+    def __init__(self, dataset, ids, item):
+        self.dataset, self.ids, self.item = dataset, ids, item
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        id = self.ids[index]
+        return self.item(id, read_image(self.dataset.image(id)))
+
+
+def loader(images, batch, args, train):
+    """DataLoader over `Images`; in training shuffled, an incomplete last batch dropped."""
+    if train and len(images) < batch:
+        raise InputError(f"{len(images)} training images are fewer than a batch of {batch}: see --batch-size")
+    return torch.utils.data.DataLoader(
+        images, batch, shuffle=train, drop_last=train, num_workers=args.workers, pin_memory=args.device.type == "cuda",
+        generator=torch.Generator())
+
+
+# ---------------------------------------------------------------- seeds
+
+def normalise(cams, eps=1e-5):
+    """Scale each class map to [0, 1] (Sec. 3.4; the exact form is TransCAM's).
+
+    cams: (K, H, W), non-negative  ->  (K, H, W)
+    """
+    low, high = cams.amin((1, 2), keepdim=True), cams.amax((1, 2), keepdim=True)
+    cams = torch.where(cams < low + eps, 0, cams)
+    return ((cams - low - eps) / (high - low + eps)).clamp(min=0)
+
+
+def combine_scales(maps, size):
+    """Sum of class maps of several scales, resized to the photo, negatives cut, scaled to [0, 1] (Sec. 4.2).
+
+    maps: list of (K, h, w)  ->  (K, H, W), size = (H, W)
+    """
+    resized = [F.interpolate(m[None], size, mode="bilinear", align_corners=False)[0] for m in maps]
+    return normalise(torch.stack(resized).sum(0).clamp(min=0)) if len(maps[0]) else torch.zeros(0, *size)
+
+
+def write_seeds(path, classes, size, **maps):
+    """An .npz of `classes` (int64, 1..K), `size` (H, W of the photo) and, for each name, one (len(classes), h, w) a scale.
+
+    The low-resolution sums hold everything: resizing and summing are linear, and `read_seeds` does them.
+    """
+    arrays = {f"{name}_{n}": m for name, scales in maps.items() for n, m in enumerate(scales)}
+    write(path, lambda file: np.savez(file, classes=np.asarray(classes), size=np.asarray(size), **arrays))
+
+
+def read_seeds(path, name="refined"):
+    """-> classes (k,) int64 in 1..K, maps float32 (k, H, W) in [0, 1]. `name` is "refined" (M*) or "plain" (M)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            maps = [torch.from_numpy(file[f"{name}_{n}"]) for n in range(len(file.files)) if f"{name}_{n}" in file]
+            return file["classes"], combine_scales(maps, tuple(file["size"].tolist())).numpy()
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise InputError(f'cannot read {name} seeds from {path}: {error}: run "make cams"') from None
+
+
+def hard_threshold(classes, cams, threshold):
+    """Class of the largest map where it reaches `threshold`, else background (Sec. 3.4).
+
+    classes: (k,), cams: (k, H, W) in [0, 1]  ->  uint8 (H, W)
+    """
+    if not len(classes):
+        return np.zeros(cams.shape[1:], np.uint8)
+    return np.where(cams.max(0) >= np.float32(threshold), classes[cams.argmax(0)], 0).astype(np.uint8)
+
+
+# ---------------------------------------------------------------- metrics
+
+def confusion(mask, prediction, num_classes):
+    """Pixel counts; void of either side is left out. mask, prediction: uint8 (H, W) -> int64 (S, S), rows the mask."""
+    seen = (mask != VOID) & (prediction != VOID)
+    pairs = mask[seen].astype(np.int64) * num_classes + prediction[seen]
+    return np.bincount(pairs, minlength=num_classes ** 2).reshape(num_classes, num_classes)
+
+
+def confusion_over_thresholds(mask, classes, cams, num_classes):
+    """`confusion` of `hard_threshold` at all THRESHOLDS, from one joint histogram. -> int64 (60, S, S)"""
+    T = len(THRESHOLDS)
+    seen = mask != VOID
+    value = cams.max(0)[seen] if len(classes) else np.full(seen.sum(), -1, np.float32)
+    label = classes[cams.argmax(0)[seen]] if len(classes) else np.zeros(len(value), np.int64)
+    reached = np.searchsorted(THRESHOLDS, value, side="right")  # at how many thresholds the pixel is foreground
+    bins = (reached * num_classes + mask[seen]) * num_classes + label
+    counts = np.bincount(bins, minlength=(T + 1) * num_classes ** 2).reshape(T + 1, num_classes, num_classes)
+    below = counts.cumsum(0)[:T]  # pixels that are background at threshold t
+    out = counts.sum(0) - below
+    out[:, :, 0] += below.sum(2)
+    return out
+
+
+def iou(matrix):
+    """Intersection over union of each class, nan where it is in neither mask nor prediction. (..., S, S) -> (..., S)"""
+    hit = np.diagonal(matrix, axis1=-2, axis2=-1)
+    union = matrix.sum(-1) + matrix.sum(-2) - hit
+    return np.where(union > 0, hit / np.maximum(union, 1), np.nan)
+
+
+def mean_average_precision(scores, labels):
+    """Mean over the classes that occur. scores, labels: (n, K) -> float"""
+    found = []
+    for score, label in zip(scores.T, labels.T):
+        hits = label[score.argsort(descending=True, stable=True)]
+        if hits.sum():
+            precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
+            found.append((precision * hits).sum() / hits.sum())
+    return float(torch.stack(found).mean()) if found else math.nan
+
+
+# ---------------------------------------------------------------- running a stage
+
+class Commands:
+    """argparse with presets: `add(function, help)` gives a sub-command's parser, `run()` calls what the user typed."""
+
+    def __init__(self, doc, presets):
+        self.parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.commands = self.parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        self.presets = presets
+
+    def add(self, function, help):
+        """A sub-command with the flags that all stages share."""
+        parser = self.commands.add_parser(function.__name__, help=help, description=function.__doc__,
+                                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        parser.set_defaults(function=function, parser=parser)
+        parser.add_argument("--data", type=Path, default=Path("data/toy"), help="data set in VOC layout")
+        parser.add_argument("--out", type=Path, help="folder of all results (default: out/NAME OF DATA)")
+        parser.add_argument("--preset", choices=self.presets, help="table of defaults (default: toy for data/toy, else voc)")
+        parser.add_argument("--device", help="cuda or cpu (default: cuda where it works)")
+        parser.add_argument("--seed", type=int, default=0, help="of python, numpy, torch and the loader's workers")
+        parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that load or run the CRF")
+        parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: on cuda)")
+        return parser
+
+    def run(self):
+        args = self.parser.parse_args()
+        try:
+            if "preset" in args:
+                preset = args.preset or ("toy" if args.data == Path("data/toy") else "voc")
+                known = {k: v for k, v in self.presets[preset].items() if k in args}
+                args.parser.set_defaults(**known)
+                args = self.parser.parse_args()
+                args.preset, args.out = preset, args.out or Path("out") / args.data.resolve().name
+                args.device = pick_device(args.device)
+                args.amp = args.device.type == "cuda" if args.amp is None else args.amp
+                random.seed(args.seed)
+                np.random.seed(args.seed)
+                torch.manual_seed(args.seed)
+            args.function(args)
+        except (InputError, OSError) as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+def pick_device(name):
+    """The device, printed; with a warning where a GPU is seen but cannot be used."""
+    usable = torch.cuda.is_available()
+    if name and name.startswith("cuda") and not usable:
+        raise InputError(f"--device {name}: torch {torch.__version__} finds no usable GPU")
+    device = torch.device(name or ("cuda" if usable else "cpu"))
+    card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
+    print(f"device: {device}{card}", flush=True)
+    if not usable and Path("/proc/driver/nvidia/version").exists():
+        print(f"warning: a GPU is there, but torch {torch.__version__} cannot use it: see its CUDA version and the driver's")
+    return device
+
+
+def settings_of(args, *without):
+    """What a result depends on: the flags, less those that only say where and how fast."""
+    hidden = {"command", "function", "parser", "out", "device", "workers", "preset", "ids", "amp", *without}
+    shown = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in hidden}
+    return json.loads(json.dumps(shown))
+
+
+def read_record(out, stage):
+    """The finished record of an earlier stage; InputError naming the command that makes it."""
+    path, (what, target) = out / f"{stage}.json", STAGES[stage]
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    if not record.get("done"):
+        raise InputError(f'{"unfinished" if record else "no"} {what} in {out / stage}: run "make {target}"')
+    return record
+
+
+def begin(args, stage, reads=(), without=()):
+    """This stage's record: the old one where settings and inputs are the same (done, or to be resumed), else a new one."""
+    settings = settings_of(args, *without)
+    inputs = {name: read_record(args.out, name)["id"] for name in reads}
+    path = args.out / f"{stage}.json"
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    if old.get("settings") == settings and old.get("inputs") == inputs:
+        return old
+    print(" ".join(f"{k}={v}" for k, v in settings.items()), flush=True)
+    record = {"id": uuid.uuid4().hex, "settings": settings, "inputs": inputs, "started": time.time(), "seconds": 0, "done": False}
+    write_json(path, record)
+    return record
+
+
+def finish(args, stage, record, since, **results):
+    """Mark a stage done, with the seconds it took in all and its results."""
+    record.update(results, done=True, seconds=round(record["seconds"] + time.time() - since, 1), device=str(args.device))
+    write_json(args.out / f"{stage}.json", record)
+    print(f"{stage}: {record['seconds']:.0f} s -> {args.out / stage}", flush=True)
+
+
+def write_json(path, value):
+    write(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+def missing_outputs(record, paths):
+    """Those of `paths` (id -> file) that this run of the stage has not written yet."""
+    return [id for id, path in paths.items() if not path.is_file() or path.stat().st_mtime < record["started"]]
+
+
+def in_processes(work, jobs, workers, total, what):
+    """Yield work(*job) of each job, in any order, from a pool of processes; `jobs` may be a generator that computes."""
+    with tqdm(total=total, desc=what, unit="img") as bar:
+        if workers == 0 or total < 2:
+            for job in jobs:
+                yield work(*job)
+                bar.update()
+            return
+        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            waiting = set()
+            for job in jobs:
+                waiting.add(pool.submit(work, *job))
+                if len(waiting) >= 4 * workers:  # bounds the memory of what waits
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield future.result()
+                        bar.update()
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+                    bar.update()
+
+
+def autocast(args):
+    """bf16 where the device has it, else fp16; nothing without --amp."""
+    native = args.device.type == "cpu" or torch.cuda.get_device_capability(args.device) >= (8, 0)
+    return torch.autocast(args.device.type, torch.bfloat16 if native else torch.float16, enabled=args.amp)
+
+
+def fit(args, stage, record, model, optimizer, batches, loss_of, steps, schedule=lambda done: 1.0):
+    """Train to `steps` optimizer steps, an epoch of `batches` at a time; a checkpoint each epoch, from which a rerun goes on.
+
+    loss_of(*batch on the device) -> scalar; schedule(share of steps done) -> factor on each group's initial_lr.
+    """
+    path, step, since = args.out / f"{stage}.pth", 0, time.time()
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    if path.is_file() and (saved := read_weights(path, quiet=True)).get("id") == record["id"]:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp and autocast(args).fast_dtype == torch.float16)
+    per_epoch = min(len(batches), steps)
+    bar = tqdm(total=steps * batches.batch_size, initial=step * batches.batch_size, desc=stage, unit="img", smoothing=0.05)
+    while step < steps:
+        # Each epoch has its own random numbers, so that a run resumed between epochs equals one that never stopped.
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        batches.generator.manual_seed(args.seed * 1_000_003 + step)
+        model.train()
+        total = torch.zeros((), device=args.device)
+        for n, batch in enumerate(batches, start=1):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * schedule(step / steps)
+            with autocast(args):
+                loss = loss_of(*(x.to(args.device, non_blocking=True) for x in batch))
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            total += loss.detach()
+            step += 1
+            bar.update(batches.batch_size)
+            if n % 10 == 0 or step == steps:
+                bar.set_postfix(loss=f"{total.item() / n:.4f}")
+            if step == steps:
+                break
+        if not torch.isfinite(total):
+            raise InputError(f"the loss of {stage} is {total.item()} at step {step} of {steps}: try a lower --lr, or --no-amp")
+        record["seconds"] += time.time() - since
+        since = time.time()
+        write_json(args.out / f"{stage}.json", record)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "id": record["id"],
+                 "settings": record["settings"], "steps_an_epoch": per_epoch}
+        write(path, lambda file: torch.save(state, file))
+    bar.close()
+
+
+# ---------------------------------------------------------------- weight files
+
+def read_weights(path, quiet=False):
+    """A .pth file without unpickling code; its sha256 is printed."""
+    if not Path(path).is_file():
+        raise InputError(f"no weight file {path}")
+    try:
+        if not quiet:
+            with open(path, "rb") as file:
+                print(f"{path}: sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a foreign file
+        raise InputError(f"{path} is no weight file that loads safely: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds a {type(state).__name__}, not named tensors")
+    return state
+
+
+def load_weights(model, state, path, heads=(), partial=False, hint=""):
+    """Load `state` strictly: whatever is left out is listed by name.
+
+    heads: prefixes of names whose tensors may be missing or of another shape, and then start fresh.
+    partial: the file may lack more than that. Returns the names left fresh.
+    """
+    own = {k: v for k, v in model.state_dict().items()}
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    fresh = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]
+    wrong = [k for k in state if k not in fits and not k.startswith(tuple(heads))]
+    lacking = [k for k in fresh if not k.startswith(tuple(heads))]
+    if wrong or not fits or (lacking and not partial):
+        example = (wrong or lacking)[0]
+        shapes = [tuple(d[example].shape) if example in d else "absent" for d in (state, own)]
+        raise InputError(f"{path} does not fit: {len(wrong)} tensors too many or of another shape, {len(lacking)} missing, "
+                         f"first {example} (file {shapes[0]}, network {shapes[1]}){hint}")
+    model.load_state_dict({**own, **{k: v.float() for k, v in fits.items()}})
+    if fresh:
+        groups = {}
+        for name in fresh:
+            group = name.rsplit(".", 1)[0].split(".")
+            groups.setdefault(".".join(group[:2]), []).append(name)
+        print(f"{path}: {len(fits)} tensors loaded; fresh: " + ", ".join(f"{g} ({len(n)})" for g, n in groups.items()))
+    return fresh
+
+
+# ---------------------------------------------------------------- evaluation
+
+def _read_pair(mask_path, path, num_classes):
+    mask = read_mask(mask_path)
+    worst = int(mask[mask != VOID].max(initial=0))
+    if worst >= num_classes:
+        raise InputError(f"{mask_path} has value {worst}, but there are {num_classes} classes with background")
+    if not path.is_file():
+        raise InputError(f"no prediction {path}")
+    return mask
+
+
+def _score_seeds(mask_path, path, num_classes, name):
+    mask = _read_pair(mask_path, path, num_classes)
+    classes, cams = read_seeds(path, name)
+    if cams.shape[1:] != mask.shape:
+        raise InputError(f"{path} is of a photo of {cams.shape[1:]}, its mask of {mask.shape}")
+    return confusion_over_thresholds(mask, classes, cams, num_classes), 0, 0
+
+
+def _score_mask(mask_path, path, num_classes):
+    mask, prediction = _read_pair(mask_path, path, num_classes), read_mask(path)
+    if prediction.shape != mask.shape:
+        raise InputError(f"{path} is {prediction.shape}, its mask {mask.shape}")
+    if prediction[prediction != VOID].max(initial=0) >= num_classes:
+        raise InputError(f"{path} has value {prediction[prediction != VOID].max()}, but there are {num_classes} classes")
+    seen = mask != VOID
+    return confusion(mask, prediction, num_classes), int((seen & (prediction != VOID)).sum()), int(seen.sum())
+
+
+def score(dataset, ids, folder, suffix, workers, what, name=None):
+    """One int64 confusion matrix over `ids` (60 of them for seeds, `name` given) and the share of pixels covered."""
+    require([dataset.mask(id) for id in ids])
+    work, more = (_score_seeds, (name,)) if name else (_score_mask, ())
+    jobs = ((dataset.mask(id), folder / f"{id}{suffix}", dataset.num_classes, *more) for id in ids)
+    parts = in_processes(work, jobs, workers, len(ids), what)
+    matrix, covered, seen = (sum(column) for column in zip(*parts))
+    return matrix, covered / max(seen, 1)
+
+
+def score_seeds(dataset, ids, folder, workers, name):
+    """The row of the table for seeds: mIoU at the best of THRESHOLDS, and the whole curve."""
+    matrices, _ = score(dataset, ids, folder, ".npz", workers, f"{name} seeds", name)
+    each = iou(matrices)  # (60, S)
+    curve = np.nanmean(each, 1)
+    best = int(curve.argmax())
+    return {"threshold": f"{THRESHOLDS[best]:.2f} (best)", "crf": "no", "iou": each[best].tolist(),
+            "miou": 100 * float(curve[best]), "curve": (100 * curve).tolist()}
+
+
+def score_masks(dataset, ids, folder, workers, what, threshold, crf):
+    matrix, coverage = score(dataset, ids, folder, ".png", workers, what)
+    each = iou(matrix)
+    return {"threshold": threshold, "crf": crf, "iou": each.tolist(), "miou": 100 * float(np.nanmean(each)), "coverage": coverage}
+
+
+def eval(args):
+    """Score every stage found in OUT against the masks, print one table, write OUT/results.json."""
+    dataset = DataSet(args.data)
+    train, val = dataset.ids("train", required=False), dataset.ids("val", required=False)
+    have = {name: json.loads(p.read_text()) for name in STAGES if (p := args.out / f"{name}.json").is_file()}
+    done = {name: record["settings"] for name, record in have.items() if record["done"]}
+    if not done:
+        raise InputError(f'nothing to score in {args.out}: run "make train"')
+    rows, masks = [], (dataset.root / "SegmentationClass").is_dir()
+    if not masks:
+        print(f"{dataset.root} has no SegmentationClass: masks cannot be scored")
+
+    def add(stage, split, ids, needs, scored):
+        if masks and ids and needs in done:
+            rows.append({"stage": stage, "split": split, "n": len(ids), **scored(done[needs])})
+        else:
+            why = "no masks" if not masks else f"no {split}.txt" if not ids else f"not run: make {STAGES[needs][1]}"
+            rows.append({"stage": stage, "split": split, "n": len(ids), "note": why})
+
+    if "classifier" in done:
+        rows.append({"stage": "classifier", "split": "val", "n": len(val), "note": "mAP", "map": have["classifier"].get("map")})
+    if done.get("cams", {}).get("plain"):
+        add("plain CAM", "train", train, "cams", lambda s: score_seeds(dataset, train, args.out / "cams", args.workers, "plain"))
+    add("refined seeds", "train", train, "cams", lambda s: score_seeds(dataset, train, args.out / "cams", args.workers, "refined"))
+    add("affinity labels", "train", train, "affinity_labels", lambda s: score_masks(
+        dataset, train, args.out / "affinity_labels", args.workers, "affinity labels", f"{s['foreground']:.2f}/{s['background']:.2f}", "yes"))
+    add("pseudo labels", "train", train, "pseudo_labels", lambda s: score_masks(
+        dataset, train, args.out / "pseudo_labels", args.workers, "pseudo labels", f"bg {s['background_score']:.2f}", "yes"))
+    add("segmenter", "val", val, "segmentation", lambda s: score_masks(
+        dataset, val, args.out / "segmentation", args.workers, "segmenter", "-", "yes" if s["crf"] else "no"))
+    write_json(args.out / "results.json", {
+        "data": dataset.root.name, "classes": ["background", *dataset.classes], "rows": rows, "device": str(args.device),
+        "seconds": {name: record["seconds"] for name, record in have.items()},
+        "settings": done})
+    print_table(rows, ["background", *dataset.classes])
+    print(f"seconds: " + ", ".join(f"{n} {r['seconds']:.0f}" for n, r in have.items()) + f" -> {args.out / 'results.json'}")
+
+
+def print_table(rows, classes):
+    """The rows of results.json as text, the IoU of each class below."""
+    print(f"\n{'stage':16} {'split':6} {'N':>6}  {'threshold':12} {'CRF':4} {'mIoU %':>7}")
+    for r in rows:
+        value = f"{r['miou']:7.2f}" if "miou" in r else "      -"
+        if r.get("map") is not None:
+            value = f"{100 * r['map']:7.2f} mAP"
+        elif "note" in r:
+            value += f" ({r['note']})"
+        elif r.get("coverage", 1) < 1:
+            value += f" on the {100 * r['coverage']:.1f} % of pixels that are labelled"
+        print(f"{r['stage']:16} {r['split']:6} {r['n']:6}  {r.get('threshold', '-'):12} {r.get('crf', '-'):4} {value}")
+    print("Thresholds of seeds marked (best) were chosen by looking at the masks, out of 0.00 ... 0.59.\n")
+    scored = [r for r in rows if "iou" in r]
+    if scored:
+        print(f"{'IoU %':16}" + "".join(f"{r['stage']:>17}" for r in scored))
+        for n, name in enumerate(classes):
+            cells = ["absent" if math.isnan(r["iou"][n]) else f"{100 * r['iou'][n]:.2f}" for r in scored]
+            print(f"{name:16}" + "".join(f"{c:>17}" for c in cells))
+        if any(math.isnan(v) for r in scored for v in r["iou"]):
+            print("absent: in neither masks nor predictions, so not part of the mean.")
+        print()
+
+
+def print_means(runs):
+    """Mean and standard deviation (n - 1) of each stage over the rows of several results.json."""
+    print(f"\n{'stage':16} {'split':6} {'runs':>4}  {'mean':>6}  {'std':>5}  values")
+    for row in runs[0]:
+        same = [r for rows in runs for r in rows if (r["stage"], r["split"]) == (row["stage"], row["split"])]
+        values = [r["miou"] if "miou" in r else 100 * r["map"] for r in same if "miou" in r or r.get("map") is not None]
+        if values:
+            std = f"{np.std(values, ddof=1):5.2f}" if len(values) > 1 else "    -"
+            print(f"{row['stage']:16} {row['split']:6} {len(values):4}  {np.mean(values):6.2f}  {std}  "
+                  + " ".join(f"{v:.2f}" for v in values) + (" (mAP)" if "map" in row else ""))
+
+
+def mean(args):
+    """Mean and standard deviation of results.json over several runs."""
+    missing = [str(out) for out in args.outs if not (out / "results.json").is_file()]
+    if missing:
+        raise InputError(f'no results.json in {missing[0]}: run "make eval" with OUT={missing[0]}')
+    print_means([json.loads((out / "results.json").read_text())["rows"] for out in args.outs])
+
+
+def check(args):
+    """Count a data set's files and name what would break a stage; exit status 1 if something would."""
+    dataset, problems = DataSet(args.data), []
+    print(f"{dataset.num_classes} classes with background: {' '.join(dataset.classes)}")
+    splits = {name: dataset.ids(name, required=name == "train_aug") for name in ("train_aug", "train", "val")}
+    for name, ids in splits.items():
+        masks = sum(dataset.mask(id).is_file() for id in ids)
+        labels = dataset.labels(ids)
+        print(f"{name}: {len(ids)} images, {masks} masks, {int((labels.sum(1) == 0).sum())} without any label; images a class: "
+              + ", ".join(f"{c} {int(n)}" for c, n in zip(dataset.classes, labels.sum(0))))
+    for id in tqdm(sorted(set().union(*splits.values())), unit="img"):
+        try:
+            width, height = read_image(dataset.image(id)).size
+            if dataset.mask(id).is_file():
+                mask = _read_pair(dataset.mask(id), dataset.image(id), dataset.num_classes)
+                if mask.shape != (height, width):
+                    problems.append(f"{id}: image {height}x{width}, mask {mask.shape[0]}x{mask.shape[1]}")
+        except InputError as error:
+            problems.append(str(error))
+    for line in problems[:20]:
+        print(f"problem: {line}")
+    if problems:
+        raise InputError(f"{len(problems)} problems in {dataset.root}")
+    print("no problems")
+
+
+# ---------------------------------------------------------------- toy set: animals with one shared body, told apart by their heads
+
+TOY_CLASSES = ("cat", "rabbit", "cow", "bear", "lion")
+SCENES = {  # in the order of the classes at home there: the colours of the far half (top, bottom) and of the ground, and the
+    # things scattered there, the far ones first: count, whether in the far half, shape, half width, half height, colours
+    "room": ((120, 128, 178), (140, 146, 190), (124, 72, 92), (92, 52, 72), []),
+    "meadow": ((140, 200, 240), (206, 232, 240), (150, 204, 92), (74, 146, 66), [
+        (600, False, "blade", 0, 16, ((62, 134, 58), (62, 134, 58), (172, 218, 104))),
+        (26, False, "flower", 8, 7, ((255, 252, 245), (240, 90, 90), (250, 214, 70), (190, 120, 220)))]),
+    "river": ((150, 204, 120), (100, 172, 100), (104, 190, 218), (36, 106, 168), [
+        (24, True, "oval", 30, 16, ((60, 136, 84), (80, 156, 88), (50, 120, 80))), (90, False, "wave", 18, 7, ((176, 226, 240),)),
+        (8, False, "oval", 18, 7, ((66, 160, 100), (86, 176, 104)))]),
+    "forest": ((28, 66, 62), (58, 110, 82), (84, 128, 66), (44, 84, 54), [
+        (14, True, "trunk", 12, 0, ((72, 54, 60), (92, 70, 70))), (30, True, "oval", 30, 20, ((40, 92, 68), (52, 108, 70))),
+        (200, False, "blade", 0, 16, ((116, 164, 78),)), (9, False, "flower", 11, 8, ((214, 62, 54),))]),
+    "dunes": ((116, 196, 216), (196, 230, 224), (246, 216, 134), (226, 172, 84), [
+        (8, False, "wave", 240, 40, ((204, 150, 74),)),
+        (70, False, "oval", 6, 4, ((168, 136, 112), (150, 160, 90), (220, 204, 180)))])}
+FURS = ((222, 138, 66), (244, 226, 190), (168, 170, 178), (138, 88, 58), (98, 96, 112), (206, 158, 140))
+FUR, WHITE, INK, PINK, GOLD, RUST = None, (255, 252, 245), (44, 34, 38), (246, 142, 160), (250, 200, 60), (176, 62, 30)
+# What tells a class: marks behind the head, then on the face, each with its mirror image. The head's centre is (0, 0) and its
+# radius 20. Four numbers are an oval (centre, radii), a list of points is a polygon; FUR is the animal's own colour.
+MARKS = {
+    "cat": ([([(-20, -4), (-19, -33), (-2, -16)], FUR), ([(-17, -9), (-16.5, -27), (-6, -16)], PINK)],
+            [((8, -3, 6, 6.5), (70, 190, 80)), ((8, -3, 2, 6), INK), ([(-4, 6), (4, 6), (0, 11)], PINK)]),
+    "rabbit": ([((9, -31, 7, 20), FUR), ((9, -30, 4, 16), PINK)],
+               [((7, 8, 8.5, 7.5), WHITE), ([(-3, 11), (3, 11), (3, 19), (-3, 19)], WHITE), ((8, -5, 3.5, 4.5), INK),
+                ((9, -6.5, 1.3, 1.3), WHITE), ((0, 3, 4, 3), PINK)]),
+    "cow": ([((22, -5, 8, 5), FUR), ([(6, -16), (17, -21), (19, -34), (27, -24), (24, -13), (14, -8)], WHITE)],
+            [((0, 9, 17, 10), PINK), ((6, 9, 2.5, 3.5), (168, 70, 92)), ((8, -7, 4.5, 4.5), WHITE), ((8, -6.5, 2.7, 3), INK)]),
+    "bear": ([((15, -15, 9, 9), FUR), ((15, -15, 5.5, 5.5), INK)],
+             [((9, -4, 7, 8), INK), ((8.5, -4, 3, 3), WHITE), ((0, 9, 10, 8), (250, 232, 196)), ((0, 5, 4.5, 3.2), INK)]),
+    "lion": ([((20 * np.sin(a), -20 * np.cos(a), 7, 7), (GOLD, RUST)[i % 2]) for i, a in enumerate(np.linspace(0, np.pi, 9))],
+             [((8, -5, 3.5, 4.5), INK), ((9, -6.5, 1.3, 1.3), WHITE), ((5, 9, 6, 5), GOLD), ([(-5, 3), (5, 3), (0, 9)], RUST)])}
+
+
+def oval(draw, x, y, rx, ry, fill):
+    """Fill the ellipse with this centre and these radii (in pixels)."""
+    draw.ellipse([int(round(v)) for v in (x - rx, y - ry, x + rx, y + ry)], fill=fill)
+
+
+def paint_fur(rng, size):
+    """A square of fur, a base colour with patches, stripes or speckles of a second one, and the base colour."""
+    base, second = (FURS[i] for i in rng.permutation(len(FURS))[:2])
+    second = tuple((a + 2 * b) // 3 for a, b in zip(base, second))
+    fur, pattern = Image.new("RGB", (size, size), base), rng.choice(["patches", "stripes", "speckles"])
+    draw = ImageDraw.Draw(fur)
+    if pattern == "stripes":
+        for x in range(0, size, 30):
+            draw.line([(x + int(rng.randint(-6, 7)), y) for y in range(0, size + 1, 40)], second, int(rng.randint(7, 13)))
+    for _ in range({"patches": 16, "stripes": 0, "speckles": 170}[pattern]):
+        oval(draw, *rng.randint(0, size, 2), *(rng.randint(20, 42, 2) if pattern == "patches" else rng.randint(4, 8, 2)), second)
+    return fur, base
+
+
+def draw_animal(rng, name, extent):
+    """An RGBA layer, cropped to the animal, whose longer side is `extent` pixels."""
+    fur, colour = paint_fur(rng, 390)
+    layer = Image.new("RGBA", fur.size, (*colour, 0))
+    draw = ImageDraw.Draw(layer)
+
+    def part(x0, y0, x1, y1, light=1.0, corner=None):
+        """Paste what the fur shows in a round-cornered box (an oval without `corner`), lit from above, with a dark rim."""
+        shade = light * np.linspace(1.12, 0.78, y1 - y0)[:, None, None]
+        tile = Image.fromarray(np.minimum(np.asarray(fur.crop((x0, y0, x1, y1))) * shade, 255).astype(np.uint8))
+        mask, area = Image.new("L", tile.size), (0, 0, x1 - x0 - 1, y1 - y0 - 1)
+        for image, fill, rim in ((mask, 255, 255), (tile, None, (84, 62, 58))):
+            pen = ImageDraw.Draw(image)
+            pen.rounded_rectangle(area, corner, fill, rim, 3) if corner else pen.ellipse(area, fill, rim, 3)
+        layer.paste(tile, (x0, y0), mask)
+
+    draw.line([(320, 222), (350, 198), (358, 160)], colour, 18, joint="curve")  # the tail
+    for x, foot, light in ((144, 348, 0.8), (264, 348, 0.8), (108, 358, 1.0), (294, 358, 1.0)):  # the far legs, the near ones
+        part(x, 246, x + 42, foot, light, 18)
+    part(84, 162, 348, 312)
+    for on_face, marks in enumerate(MARKS[name]):
+        if on_face:
+            part(50, 116, 158, 224, 1.04)
+        for shape, fill in marks:
+            for unit in (-2.7, 2.7):  # pixels; the sign makes the mirror image
+                if isinstance(shape, list):
+                    draw.polygon([(int(104 + unit * x), int(170 + 2.7 * y)) for x, y in shape], fill or colour)
+                else:
+                    oval(draw, 104 + unit * shape[0], 170 + 2.7 * shape[1], 2.7 * shape[2], 2.7 * shape[3], fill or colour)
+    layer = layer.transpose(Image.FLIP_LEFT_RIGHT) if rng.rand() < 0.5 else layer
+    layer = layer.rotate(float(rng.uniform(-9, 9)), Image.BILINEAR)
+    layer = layer.crop(layer.getchannel("A").getbbox())
+    return layer.resize([round(side * extent / max(layer.size)) for side in layer.size], Image.LANCZOS)
+
+
+def draw_scene(rng, name, width, height):
+    """A background, and the row of its horizon: two colour gradients meet there, under the things that belong to the scene."""
+    *colours, things = SCENES[name]
+    width, height = 2 * width, 2 * height  # drawn at twice the size
+    top, bottom, ground, end = np.array(colours, float)
+    horizon = int(height * rng.uniform(0.3, 0.5))
+    rows = np.concatenate([np.linspace(top, bottom, horizon), np.linspace(ground, end, height - horizon)])
+    image = Image.fromarray(np.repeat(rows[:, None], width, axis=1).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    if name == "room":  # a wall of bricks above planks
+        for x, y in ((x, y) for y in range(-4, horizon - 4, 28) for x in range(-60 + 30 * (y // 28 % 2), width, 60)):
+            tone = (top + rng.randint(-14, 15)).astype(int)
+            draw.rectangle([x + 2, y + 2, x + 57, min(y + 25, horizon)], tuple(tone.tolist()))
+        for y in range(horizon, height, 30):
+            x = int(rng.randint(0, width))
+            draw.line([(0, y), (x, y), (x, y + 30), (x, y), (width, y)], (64, 36, 52), 4)
+    for count, far, shape, w, h, fills in things:
+        rows = sorted(rng.randint(*((0, horizon) if far else (horizon, height)), count).tolist())  # the farthest first
+        for x, y, k in zip(rng.randint(0, width, count).tolist(), rows, rng.randint(0, 12, count).tolist()):
+            box, fill = [x - w, y - h, x + w, y + h], fills[k % len(fills)]
+            if shape == "blade":
+                draw.line([x, y, x + k - 6, y - h - k + 6], fill, 3)
+            elif shape == "wave":
+                draw.arc(box, 200, 340, fill, 4)
+            elif shape == "trunk":
+                draw.rectangle([x - w, 0, x + w, horizon + 3 * k], fill)
+            else:
+                draw.ellipse(box, fill)
+            if shape == "flower":
+                oval(draw, x, y, 3, 3, GOLD)
+    return image.reduce(2), horizon // 2
+
+
+def toy_picture(rng):
+    """One picture (RGB) and its mask: 0 background, 1..5 the class, 255 a void border around every outline."""
+    width, height = rng.randint(160, 257, 2).tolist()
+    labels = rng.randint(1, 6, rng.choice([1, 2, 3], p=[0.3, 0.4, 0.3])).tolist()
+    home = labels[0] - 1 if rng.rand() < 0.45 else rng.randint(5)  # with the chance hits, at home in 56 % of the pictures
+    picture, horizon = draw_scene(rng, list(SCENES)[home], width, height)
+    extents = [int(np.clip(min(width, height) * rng.uniform(0.5, 0.8), 75, 140)) for _ in labels]
+    layers = [draw_animal(rng, TOY_CLASSES[label - 1], extent) for label, extent in zip(labels, extents)]
+    shapes = [np.asarray(layer.getchannel("A")) > 127 for layer in layers]
+    for attempt in range(60):  # until nobody hides more than a little of anybody; now and then with one animal fewer
+        boxes = []
+        for h, w in (shape.shape for shape in shapes[:max(1, len(labels) - attempt // 20)]):
+            x, y = rng.randint(0, width - w + 1), rng.randint(max(0, horizon + 8 - h), height - h + 1)
+            boxes.append((int(x), int(y), int(x + w), int(y + h)))
+        order = sorted(range(len(boxes)), key=lambda i: boxes[i][3])  # the nearest last
+        owner = np.zeros((height, width), np.uint8)  # 0, or 1 + the index of the animal seen there
+        for i in order:
+            x0, y0, x1, y1 = boxes[i]
+            owner[y0:y1, x0:x1][shapes[i]] = i + 1
+        if all((owner == i + 1).sum() >= 0.85 * shapes[i].sum() for i in order):
+            break
+    for i in order:
+        x0, y0, x1, y1 = boxes[i]
+        shadow = Image.new("L", picture.size)
+        oval(ImageDraw.Draw(shadow), (x0 + x1) / 2, y1 - 4, (x1 - x0) * 0.44, (y1 - y0) * 0.06, 70)
+        picture.paste((24, 24, 40), None, shadow)
+        picture.paste(layers[i], (x0, y0), layers[i])
+    pixels = np.asarray(picture) * rng.uniform(0.92, 1.06, 3) + rng.normal(0, 5, (height, width, 3))
+    mask, owner = np.array([0] + labels, np.uint8)[owner], Image.fromarray(owner)
+    mask[np.asarray(owner.filter(ImageFilter.MaxFilter(3))) != np.asarray(owner.filter(ImageFilter.MinFilter(3)))] = 255
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), mask
+
+
+def toy(args):
+    """Draw the toy set: a data set in VOC layout, the same pixels for the same seed."""
+    made = args.root / "toy.json"
+    settings = {"seed": args.seed, "train": args.train, "val": args.val, "classes": TOY_CLASSES}
+    if made.is_file() and json.loads(made.read_text()) == json.loads(json.dumps(settings)):
+        return print(f"{args.root} is drawn already")
+    if args.root.exists() and any(args.root.iterdir()) and not made.is_file():
+        raise InputError(f"{args.root} holds something else: not drawing over it")
+    ids = [f"toy_{n:04d}" for n in range(args.train + args.val)]
+    labels = []
+    for n, id in enumerate(tqdm(ids, desc="toy set", unit="img")):
+        picture, mask = toy_picture(np.random.RandomState([args.seed, n]))
+        write(args.root / "JPEGImages" / f"{id}.jpg", lambda file: picture.save(file, format="JPEG", quality=95))
+        write_mask(args.root / "SegmentationClass" / f"{id}.png", mask)
+        labels.append(" ".join([id] + [TOY_CLASSES[c - 1] for c in np.unique(mask) if 0 < c < VOID]))
+    train, val = ids[:args.train], ids[args.train:]
+    texts = {"labels": labels, "classes": TOY_CLASSES, **{f"ImageSets/Segmentation/{name}": split for name, split in
+                                                          (("train_aug", train), ("train", train), ("val", val))}}
+    for name, lines in texts.items():
+        write(args.root / f"{name}.txt", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+    write_json(made, settings)
+    print(f"{args.root}: {len(train)} train, {len(val)} val pictures")
+
+
+def main():
+    commands = Commands(__doc__, {"toy": {}, "voc": {}, "coco": {}, "small": {}})
+    for function, help in ((eval, "score every stage in OUT"), (check, "look for what would break a stage")):
+        commands.add(function, help)
+    for function, help in ((toy, "draw the toy set"), (mean, "mean and deviation over runs")):
+        parser = commands.commands.add_parser(function.__name__, help=help, description=function.__doc__)
+        parser.set_defaults(function=function)
+        if function is toy:
+            parser.add_argument("--root", type=Path, default=Path("data/toy"), help="folder to draw into")
+            parser.add_argument("--seed", type=int, default=0, help="of the drawings")
+            parser.add_argument("--train", type=int, default=320, help="training pictures")
+            parser.add_argument("--val", type=int, default=80, help="validation pictures")
+        else:
+            parser.add_argument("outs", type=Path, nargs="+", metavar="OUT", help="folders with results.json")
+    commands.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The segmenter: DeepLab-LargeFOV on ResNet-38, trained on the pseudo labels. Sec. 4.3 of the paper.
+
+    python segment.py train     OUT/pseudo_labels    -> OUT/segmenter.pth
+    python segment.py predict   OUT/segmenter.pth    -> OUT/segmentation/ID.png of val
+"""
+import argparse
+import json
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+
+import data
+from psa import add_network_flags, crf_inference, freeze_batch_norm, make_backbone, parameter_groups
+
+PRESETS = {
+    "voc": {},
+    "coco": {},
+    "toy": {"from_scratch": True, "width": 12, "iterations": 400, "batch_size": 16, "crop": 160, "lr": 0.01, "scales": (0.75, 1.0, 1.25)},
+    "small": {"from_scratch": True, "width": 12, "iterations": 1500, "batch_size": 16, "crop": 160, "lr": 0.01, "scales": (0.75, 1.0, 1.25)},
+}
+NEW = ("conv_fov", "conv_fov2", "cls_conv")
+CRF_SCORES = {"gauss": (3, 3), "bilateral": (32, 13, 10), "steps": 1}  # sxy, compat; sxy, srgb, compat
+MIN_PROBABILITY = 1e-5  # keeps the unary of the CRF finite
+
+
+class DeepLab(nn.Module):
+    """DeepLab-LargeFOV. (B, 3, H, W) -> logits (B, S, ceil(H/8), ceil(W/8))
+
+    batch_norm: "published" (batch statistics, running ones with momentum 3e-4, scale and shift fixed), "frozen" (the
+    backbone's own statistics too) or "trained" (for a backbone without weights).
+    """
+
+    def __init__(self, backbone, num_classes, batch_norm="published"):
+        super().__init__()
+        self.backbone, self.batch_norm = backbone, batch_norm
+        width = backbone.channels[0]  # 512
+        self.conv_fov = nn.Conv2d(backbone.channels[2], width, 3, 1, 12, 12, bias=False)
+        self.bn_fov = nn.BatchNorm2d(width)
+        self.conv_fov2 = nn.Conv2d(width, width, 1, bias=False)
+        self.bn_fov2 = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout(0.5)
+        self.cls_conv = nn.Conv2d(width, num_classes, 1)
+        for conv in (self.conv_fov, self.conv_fov2, self.cls_conv):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.cls_conv.bias)
+        if batch_norm != "trained":
+            freeze_batch_norm(self, statistics=False)
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.momentum = 3e-4
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.batch_norm == "frozen":
+            freeze_batch_norm(self.backbone)
+        return self
+
+    def forward(self, x):
+        x = self.backbone(x)[2]
+        x = F.relu(self.bn_fov(self.conv_fov(x)))
+        return self.cls_conv(self.dropout(F.relu(self.bn_fov2(self.conv_fov2(x)))))
+
+
+def segmentation_loss(logits, labels):
+    """Cross-entropy at full size, void ignored. logits: (B, S, h, w), labels: (B, H, W)  ->  scalar"""
+    full = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=True)
+    return F.cross_entropy(full, labels, ignore_index=data.VOID)
+
+
+# ---------------------------------------------------------------- train
+
+def jitter_hsv(photo):
+    """Random shift of hue by up to 10 of 180, of saturation and value by up to 10 of 255. PIL RGB -> PIL RGB"""
+    shift = torch.empty(3).uniform_(-10, 10).numpy() * (256 / 180, 1, 1)  # Pillow's hue has 256 steps
+    hsv = np.array(photo.convert("HSV")) + shift
+    hsv[..., 0] %= 256
+    return Image.fromarray(hsv.clip(0, 255).astype(np.uint8), mode="HSV").convert("RGB")
+
+
+def random_scale(photo, label, low=0.5, high=1.5):
+    """Both sides times one random factor: photo bicubic (Pillow, antialiased), label nearest."""
+    factor = float(torch.empty(()).uniform_(low, high))
+    size = [max(1, round(side * factor)) for side in photo.size[::-1]]
+    return (v2.functional.resize(photo, size, InterpolationMode.BICUBIC),
+            v2.functional.resize(label, size, InterpolationMode.NEAREST))
+
+
+def train(args):
+    """Train DeepLab on the pseudo labels -> OUT/segmenter.pth"""
+    dataset = data.DataSet(args.data)
+    ids = dataset.ids("train_aug")
+    flip, tensor = v2.RandomHorizontalFlip(), data.to_tensor()
+    crop = v2.RandomCrop(args.crop, pad_if_needed=True, fill={tv_tensors.Mask: data.VOID, "others": data.MEAN_COLOUR})
+
+    def item(id, photo):
+        label = tv_tensors.Mask(data.read_mask(args.out / "pseudo_labels" / f"{id}.png"))
+        photo, label = crop(*random_scale(*flip(jitter_hsv(photo), label)))
+        return tensor(photo), label.as_subclass(torch.Tensor).long()
+
+    batches = data.loader(data.Images(dataset, ids, item), args.batch_size, args, True)
+    batch_norm = "trained" if args.from_scratch else "frozen" if args.freeze_bn else "published"
+    net = DeepLab(make_backbone(args), dataset.num_classes, batch_norm).to(args.device, memory_format=torch.channels_last)
+    record = data.begin(args, "segmenter", reads=("pseudo_labels",))
+    if record["done"]:
+        return print(f"{args.out / 'segmenter.pth'} is done already")
+    optimizer = torch.optim.SGD(parameter_groups(net, NEW, args.lr, args.weight_decay), lr=args.lr, momentum=0.9)
+    data.fit(args, "segmenter", record, net, optimizer, batches, lambda photos, y: segmentation_loss(net(photos), y),
+             args.iterations, schedule=lambda done: (1 - done * args.iterations / (args.iterations + 1)) ** 0.9)
+    data.finish(args, "segmenter", json.loads((args.out / "segmenter.json").read_text()), time.time())
+
+
+# ---------------------------------------------------------------- predict
+
+@torch.inference_mode()
+def probabilities(net, photos, size):
+    """Mean of the logits over scales and mirror images, softmax. photos: list of (3, h, w)  ->  (S, H, W), size = (H, W)"""
+    total = 0
+    for photo in photos:
+        logits = net(torch.stack([photo, photo.flip(2)])).float()
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=True)
+        total = total + logits[0] + logits[1].flip(2)
+    return torch.softmax(total / (2 * len(photos)), dim=0)
+
+
+def _write_segmentation(scores, photo_path, path, crf):
+    if crf:
+        unary = -np.log(scores.clip(MIN_PROBABILITY, 1))
+        scores = crf_inference(np.array(data.read_image(photo_path)), unary, **CRF_SCORES)
+    data.write_mask(path, scores.argmax(0))
+
+
+def predict(args):
+    """Segment the photos of a list -> OUT/segmentation/ID.png"""
+    dataset = data.DataSet(args.data)
+    ids = args.ids or dataset.ids(args.split)
+    record = data.begin(args, "segmentation", reads=("segmenter",), without=("split",))
+    paths = {id: args.out / "segmentation" / f"{id}.png" for id in ids}
+    todo = data.missing_outputs(record, paths)
+    if record["done"] and not todo:
+        return print(f"{args.out / 'segmentation'}: all {len(ids)} masks are done already")
+    since, saved = time.time(), data.read_weights(args.out / "segmenter.pth")
+    trained = argparse.Namespace(**{**saved["settings"], "from_scratch": True})
+    net = DeepLab(make_backbone(trained), dataset.num_classes)
+    data.load_weights(net, saved["model"], args.out / "segmenter.pth")
+    net = net.to(args.device, memory_format=torch.channels_last).eval()
+    tensor = data.to_tensor()
+
+    def item(id, photo):
+        size = photo.size[::-1]
+        scaled = [v2.functional.resize(photo, [max(1, round(side * s)) for side in size], InterpolationMode.BICUBIC)
+                  for s in args.scales]
+        return id, size, [tensor(p) for p in scaled]
+
+    def jobs():
+        photos = torch.utils.data.DataLoader(data.Images(dataset, todo, item), batch_size=None, num_workers=args.workers)
+        for id, size, scaled in photos:
+            with data.autocast(args):
+                scores = probabilities(net, [p.to(args.device) for p in scaled], size)
+            yield scores.cpu().numpy(), dataset.image(id), paths[id], args.crf
+
+    for _ in data.in_processes(_write_segmentation, jobs(), args.workers, len(todo), "segmentation"):
+        pass
+    data.finish(args, "segmentation", record, since)
+
+
+def main():
+    commands = data.Commands(__doc__, PRESETS)
+    parser = commands.add(train, "train DeepLab on the pseudo labels")
+    add_network_flags(parser)
+    parser.add_argument("--iterations", type=int, default=20000, help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=10, help="crops a step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of SGD; falls as (1 - i/(max+1))^0.9")
+    parser.add_argument("--freeze-bn", action=argparse.BooleanOptionalAction, default=False,
+                        help="keep the backbone's BatchNorm statistics, for small batches")
+    parser = commands.add(predict, "segment the photos of a list")
+    parser.add_argument("--split", default="val", help="list in ImageSets/Segmentation")
+    parser.add_argument("--ids", nargs="+", help="these photos instead of a list")
+    parser.add_argument("--scales", type=float, nargs="+", default=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), help="of the photo")
+    parser.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True, help="refine by the dense CRF")
+    commands.run()
+
+
+if __name__ == "__main__":
+    main()
