@@ -10,10 +10,8 @@
 import argparse
 import copy
 import json
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
@@ -126,23 +124,19 @@ def augment(args):
 def build(args, num_labels):
     """The classifier with the weights that the flags ask for."""
     if not (args.pretrained or args.from_scratch):
-        raise InputError_weights(args.arch)
+        raise data.InputError(
+            f"no weights: CONFORMER=FILE (--pretrained) takes Conformer_{args.arch}_patch16.pth of "
+            f"github.com/pengzhiliang/Conformer, FROM_SCRATCH=1 (--from-scratch) starts without")
     model = Conformer(args.arch, num_labels)
     fresh = list(model.state_dict())
     if args.pretrained:
         state = data.read_weights(args.pretrained)
-        fresh = data.load_weights(model, state.get("model", state), args.pretrained, heads=HEADS, partial=args.partial,
-                                  hint=f": Conformer_{args.arch}_patch16.pth fits" + ("" if args.partial else ", or --partial"))
+        hint = f": Conformer_{args.arch}_patch16.pth fits" + ("" if args.partial else "; --partial takes a file that lacks tensors")
+        fresh = data.load_weights(model, state.get("model", state), args.pretrained, HEADS, args.partial, hint)
     for name, block in model.blocks():
         if args.sharpness and f"{name}.attn.qkv.weight" in fresh:
             init_attention(block, args.sharpness)
-    return model.to(args.device, memory_format=torch.channels_last)
-
-
-def InputError_weights(arch):
-    return data.InputError(
-        f"no weights: CONFORMER=FILE (--pretrained) takes Conformer_{arch}_patch16.pth of the Conformer repository "
-        f"(github.com/pengzhiliang/Conformer), FROM_SCRATCH=1 (--from-scratch) starts without")
+    return data.place(model, args)
 
 
 def train(args):
@@ -150,20 +144,19 @@ def train(args):
     dataset = data.DataSet(args.data)
     ids = dataset.ids("train_aug")
     labels = dict(zip(ids, dataset.labels(ids)))
-    if args.crop % (2 * STRIDE):
-        raise data.InputError(f"--crop {args.crop} is no multiple of {2 * STRIDE}")
+    if args.crop % STRIDE:
+        raise data.InputError(f"--crop {args.crop} is no multiple of {STRIDE}")
     prepare = augment(args)
     batches = data.loader(data.Images(dataset, ids, lambda id, image: (prepare(image), labels[id])), args.batch_size, args, True)
+    stage = data.Stage(args, "classifier")
+    if stage.is_done():
+        return
     model = build(args, len(dataset.classes))
-    record = data.begin(args, "classifier")
-    if record["done"]:
-        return print(f"{args.out / 'classifier.pth'} is done already")
-    since = time.time()
+    stage.start()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    data.fit(args, "classifier", record, model, optimizer, batches,
-             lambda images, y: loss_of(model, images, y, args.loss, args.noise), args.epochs * len(batches))
-    record = json.loads((args.out / "classifier.json").read_text())
-    data.finish(args, "classifier", record, time.time(), map=evaluate(model, dataset, args))
+    data.fit(stage, model, optimizer, batches, lambda images, y: loss_of(model, images, y, args.loss, args.noise),
+             steps=args.epochs * len(batches))
+    stage.finish(map=evaluate(model, dataset, args))
 
 
 @torch.inference_mode()
@@ -206,24 +199,21 @@ def cams(args):
     """Export the seeds of every photo that a later stage reads -> OUT/cams/ID.npz"""
     dataset = data.DataSet(args.data)
     ids = list(dict.fromkeys(dataset.ids("train_aug") + dataset.ids("train", required=False)))
-    if args.weights:
-        saved = {"settings": vars(args), "model": data.read_weights(args.weights)}
-        model = Conformer(args.arch, len(dataset.classes))
-        state = {k: v[1:] if k.startswith(HEADS) and len(v) == dataset.num_classes else v for k, v in saved["model"].items()}
-        data.load_weights(model, state, args.weights, hint=f": a TransCAM classifier, Conformer-{args.arch}, fits")
-    else:
-        data.read_record(args.out, "classifier")
-        saved = data.read_weights(args.out / "classifier.pth")
-        model = Conformer(saved["settings"]["arch"], len(dataset.classes))
-        data.load_weights(model, saved["model"], args.out / "classifier.pth")
-    model = model.to(args.device, memory_format=torch.channels_last).eval()
-    record = data.begin(args, "cams", reads=() if args.weights else ("classifier",), without=("batch_size", "arch", "crop"))
-    todo = data.missing_outputs(record, {id: args.out / "cams" / f"{id}.npz" for id in ids})
-    if record["done"] and not todo:
-        return print(f"{args.out / 'cams'}: all {len(ids)} seeds are done already")
-    since, labels = time.time(), dict(zip(ids, dataset.labels(ids)))
-    step = 2 * STRIDE  # keeps the sides of every scale multiples of the stride
-    sizes = [max(step, round(saved["settings"]["crop"] * s / step) * step) for s in args.scales]
+    stage = data.Stage(args, "cams", reads=() if args.weights else ("classifier",), without=("batch_size", "arch", "crop"))
+    todo = stage.todo({id: args.out / "cams" / f"{id}.npz" for id in ids})
+    if stage.is_done(todo):
+        return
+    path = args.weights or args.out / "classifier.pth"
+    saved = data.read_weights(path)
+    settings = vars(args) if args.weights else saved["settings"]
+    model, state = Conformer(settings["arch"], len(dataset.classes)), saved.get("model", saved)
+    # TransCAM's heads have an unused background class in row 0.
+    state = {k: v[1:] if k.startswith(HEADS) and len(v) == dataset.num_classes else v for k, v in state.items()}
+    data.load_weights(model, state, path, hint=f": a TransCAM classifier on Conformer-{settings['arch']} fits")
+    model = data.place(model, args).eval()
+    labels = dict(zip(ids, dataset.labels(ids)))
+    stage.start()
+    sizes = [max(STRIDE, round(settings["crop"] * s / STRIDE) * STRIDE) for s in args.scales]
     print(f"photos resized to {', '.join(f'{s}x{s}' for s in sizes)}, each with its mirror image")
 
     def item(id, image):
@@ -238,7 +228,7 @@ def cams(args):
                 data.write_seeds(args.out / "cams" / f"{id}.npz", own.numpy() + 1, [int(side[n]) for side in shapes],
                                  **{name: [scale[n, own].numpy() for scale in scales] for name, scales in maps.items()})
             bar.update(len(names))
-    data.finish(args, "cams", record, since)
+    stage.finish()
 
 
 # ---------------------------------------------------------------- pictures and Table 5

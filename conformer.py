@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 # channel ratio, token width D, heads H, stem channels, stages at stride 4, 8, 16; `nano` is ours, the others are published
 ARCHS = {
-    "nano": (1, 96, 3, 32, (2, 2, 2)),
+    "nano": (1, 96, 3, 32, (1, 1, 2)),
     "tiny": (1, 384, 6, 64, (4, 4, 4)),
     "small": (4, 384, 6, 64, (4, 4, 4)),
     "base": (6, 576, 9, 64, (4, 4, 4)),

@@ -150,7 +150,7 @@ def palette():
 
 def write_mask(path, mask):
     """uint8 (H, W) -> index PNG with PASCAL VOC's palette."""
-    image = Image.fromarray(mask.astype(np.uint8), mode="L")
+    image = Image.fromarray(mask.astype(np.uint8))
     image.putpalette(palette().tobytes())
     write(path, lambda file: image.save(file, format="PNG"))
 
@@ -234,8 +234,10 @@ def combine_scales(maps, size):
 
     maps: list of (K, h, w)  ->  (K, H, W), size = (H, W)
     """
+    if not len(maps[0]):
+        return torch.zeros(0, *size)
     resized = [F.interpolate(m[None], size, mode="bilinear", align_corners=False)[0] for m in maps]
-    return normalise(torch.stack(resized).sum(0).clamp(min=0)) if len(maps[0]) else torch.zeros(0, *size)
+    return normalise(torch.stack(resized).sum(0).clamp(min=0))
 
 
 def write_seeds(path, classes, size, **maps):
@@ -383,34 +385,50 @@ def read_record(out, stage):
     return record
 
 
-def begin(args, stage, reads=(), without=()):
-    """This stage's record: the old one where settings and inputs are the same (done, or to be resumed), else a new one."""
-    settings = settings_of(args, *without)
-    inputs = {name: read_record(args.out, name)["id"] for name in reads}
-    path = args.out / f"{stage}.json"
-    old = json.loads(path.read_text()) if path.is_file() else {}
-    if old.get("settings") == settings and old.get("inputs") == inputs:
-        return old
-    print(" ".join(f"{k}={v}" for k, v in settings.items()), flush=True)
-    record = {"id": uuid.uuid4().hex, "settings": settings, "inputs": inputs, "started": time.time(), "seconds": 0, "done": False}
-    write_json(path, record)
-    return record
+class Stage:
+    """One stage of a run: its record OUT/NAME.json of settings, inputs, seconds and results, and what of it is done.
 
+    The record of an earlier run stands where settings and inputs are the same: done, or to be gone on with.
+    """
 
-def finish(args, stage, record, since, **results):
-    """Mark a stage done, with the seconds it took in all and its results."""
-    record.update(results, done=True, seconds=round(record["seconds"] + time.time() - since, 1), device=str(args.device))
-    write_json(args.out / f"{stage}.json", record)
-    print(f"{stage}: {record['seconds']:.0f} s -> {args.out / stage}", flush=True)
+    def __init__(self, args, name, reads=(), without=()):
+        self.args, self.name, self.path = args, name, args.out / f"{name}.json"
+        same = {"settings": settings_of(args, *without), "inputs": {n: read_record(args.out, n)["id"] for n in reads}}
+        self.record = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        self.resumed = all(self.record.get(k) == v for k, v in same.items())
+        if not self.resumed:
+            self.record = {"id": uuid.uuid4().hex, **same, "started": time.time(), "seconds": 0, "done": False}
+
+    def todo(self, paths):
+        """Those of `paths` (id -> file) that this run of the stage has not written yet."""
+        return [id for id, path in paths.items() if not path.is_file() or path.stat().st_mtime < self.record["started"]]
+
+    def is_done(self, todo=()):
+        if self.record["done"] and not todo:
+            print(f"{self.args.out / self.name}: done already")
+        return self.record["done"] and not todo
+
+    def start(self):
+        """Print the settings, once; from here on the record is on disk."""
+        if not self.resumed:
+            print(f"{self.name}: " + " ".join(f"{k}={v}" for k, v in self.record["settings"].items()), flush=True)
+        self.clock = time.time()
+        self.save()
+
+    def save(self):
+        now = time.time()
+        self.record["seconds"] += now - self.clock
+        self.clock = now
+        write_json(self.path, self.record)
+
+    def finish(self, **results):
+        self.record.update(results, done=True, device=str(self.args.device))
+        self.save()
+        print(f"{self.name}: {self.record['seconds']:.0f} s -> {self.args.out / self.name}", flush=True)
 
 
 def write_json(path, value):
     write(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
-
-
-def missing_outputs(record, paths):
-    """Those of `paths` (id -> file) that this run of the stage has not written yet."""
-    return [id for id, path in paths.items() if not path.is_file() or path.stat().st_mtime < record["started"]]
 
 
 def in_processes(work, jobs, workers, total, what):
@@ -437,27 +455,36 @@ def in_processes(work, jobs, workers, total, what):
                     bar.update()
 
 
+def amp_dtype(device):
+    """bf16 where the device has it natively, else fp16."""
+    native = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if native else torch.float16
+
+
 def autocast(args):
-    """bf16 where the device has it, else fp16; nothing without --amp."""
-    native = args.device.type == "cpu" or torch.cuda.get_device_capability(args.device) >= (8, 0)
-    return torch.autocast(args.device.type, torch.bfloat16 if native else torch.float16, enabled=args.amp)
+    return torch.autocast(args.device.type, amp_dtype(args.device), enabled=args.amp)
 
 
-def fit(args, stage, record, model, optimizer, batches, loss_of, steps, schedule=lambda done: 1.0):
+def place(model, args):
+    """The model on the device; channels_last on cuda only (torch 2.15's CPU kernels crash on narrow dilated convolutions)."""
+    return model.to(args.device, memory_format=torch.channels_last if args.device.type == "cuda" else torch.preserve_format)
+
+
+def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 1.0):
     """Train to `steps` optimizer steps, an epoch of `batches` at a time; a checkpoint each epoch, from which a rerun goes on.
 
-    loss_of(*batch on the device) -> scalar; schedule(share of steps done) -> factor on each group's initial_lr.
+    loss_of(*batch on the device) -> scalar; schedule(share of steps done) -> factor on each group's learning rate.
     """
-    path, step, since = args.out / f"{stage}.pth", 0, time.time()
+    args, record, path, step = stage.args, stage.record, stage.args.out / f"{stage.name}.pth", 0
     for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
+        group["initial_lr"] = group["lr"]
     if path.is_file() and (saved := read_weights(path, quiet=True)).get("id") == record["id"]:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp and autocast(args).fast_dtype == torch.float16)
-    per_epoch = min(len(batches), steps)
-    bar = tqdm(total=steps * batches.batch_size, initial=step * batches.batch_size, desc=stage, unit="img", smoothing=0.05)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp and amp_dtype(args.device) == torch.float16)
+    images = batches.batch_size
+    bar = tqdm(total=steps * images, initial=step * images, desc=stage.name, unit="img", smoothing=0.05)
     while step < steps:
         # Each epoch has its own random numbers, so that a run resumed between epochs equals one that never stopped.
         torch.manual_seed(args.seed * 1_000_003 + step)
@@ -475,19 +502,17 @@ def fit(args, stage, record, model, optimizer, batches, loss_of, steps, schedule
             scaler.update()
             total += loss.detach()
             step += 1
-            bar.update(batches.batch_size)
+            bar.update(images)
             if n % 10 == 0 or step == steps:
                 bar.set_postfix(loss=f"{total.item() / n:.4f}")
             if step == steps:
                 break
         if not torch.isfinite(total):
-            raise InputError(f"the loss of {stage} is {total.item()} at step {step} of {steps}: try a lower --lr, or --no-amp")
-        record["seconds"] += time.time() - since
-        since = time.time()
-        write_json(args.out / f"{stage}.json", record)
+            raise InputError(f"the loss of {stage.name} is {total.item()} at step {step} of {steps}: try a lower --lr, or --no-amp")
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "id": record["id"],
-                 "settings": record["settings"], "steps_an_epoch": per_epoch}
+                 "settings": record["settings"]}
         write(path, lambda file: torch.save(state, file))
+        stage.save()
     bar.close()
 
 
@@ -503,7 +528,7 @@ def read_weights(path, quiet=False):
                 print(f"{path}: sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a foreign file
-        raise InputError(f"{path} is no weight file that loads safely: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path} is no weight file that loads safely: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, not named tensors")
     return state
@@ -627,7 +652,7 @@ def eval(args):
         "seconds": {name: record["seconds"] for name, record in have.items()},
         "settings": done})
     print_table(rows, ["background", *dataset.classes])
-    print(f"seconds: " + ", ".join(f"{n} {r['seconds']:.0f}" for n, r in have.items()) + f" -> {args.out / 'results.json'}")
+    print("seconds: " + ", ".join(f"{n} {r['seconds']:.0f}" for n, r in have.items()) + f" -> {args.out / 'results.json'}")
 
 
 def print_table(rows, classes):

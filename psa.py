@@ -7,10 +7,8 @@
 The dense CRF (Kraehenbuehl & Koltun 2011) is pydensecrf's; ResNet-38 (Wu et al. 2019) is also the segmenter's backbone.
 """
 import argparse
-import json
 import re
 import struct
-import time
 import warnings
 from pathlib import Path
 
@@ -98,17 +96,17 @@ def labels(args):
     """Affinity labels of train_aug from the seeds at two thresholds -> OUT/affinity_labels/ID.png"""
     dataset = data.DataSet(args.data)
     ids = dataset.ids("train_aug")
-    record = data.begin(args, "affinity_labels", reads=("cams",))
+    stage = data.Stage(args, "affinity_labels", reads=("cams",))
     paths = {id: args.out / "affinity_labels" / f"{id}.png" for id in ids}
-    todo = data.missing_outputs(record, paths)
-    if record["done"] and not todo:
-        return print(f"{args.out / 'affinity_labels'}: all {len(ids)} labels are done already")
-    since = time.time()
+    todo = stage.todo(paths)
+    if stage.is_done(todo):
+        return
+    stage.start()
     jobs = ((dataset.image(id), args.out / "cams" / f"{id}.npz", paths[id], dataset.num_classes, args.foreground, args.background)
             for id in todo)
     for _ in data.in_processes(_write_affinity_label, jobs, args.workers, len(todo), "affinity labels"):
         pass
-    data.finish(args, "affinity_labels", record, since)
+    stage.finish()
 
 
 # ---------------------------------------------------------------- ResNet-38
@@ -420,16 +418,16 @@ def train(args):
         return tensor(colour(photo)), label.as_subclass(torch.Tensor)[::STRIDE, ::STRIDE]
 
     batches = data.loader(data.Images(dataset, ids, item), args.batch_size, args, True)
-    net = AffinityNet(make_backbone(args), frozen=not args.from_scratch).to(args.device, memory_format=torch.channels_last)
-    record = data.begin(args, "affinitynet", reads=("affinity_labels",))
-    if record["done"]:
-        return print(f"{args.out / 'affinitynet.pth'} is done already")
+    stage = data.Stage(args, "affinitynet", reads=("affinity_labels",))
+    if stage.is_done():
+        return
+    net = data.place(AffinityNet(make_backbone(args), frozen=not args.from_scratch), args)
+    stage.start()
     optimizer = torch.optim.SGD(parameter_groups(net, ("f8", "f9"), args.lr, args.weight_decay), lr=args.lr, momentum=args.momentum)
     radius = radius_for(args.crop // STRIDE, args.crop // STRIDE)
-    data.fit(args, "affinitynet", record, net, optimizer, batches,
-             lambda photos, y: affinity_loss(affinity(net(photos), radius), y, radius),
-             args.epochs * len(batches), schedule=lambda done: (1 - done) ** 0.9)
-    data.finish(args, "affinitynet", json.loads((args.out / "affinitynet.json").read_text()), time.time())
+    data.fit(stage, net, optimizer, batches, lambda photos, y: affinity_loss(affinity(net(photos), radius), y, radius),
+             steps=args.epochs * len(batches), schedule=lambda done: (1 - done) ** 0.9)
+    stage.finish()
 
 
 # ---------------------------------------------------------------- random walk
@@ -496,17 +494,18 @@ def walk(args):
     """Random walk of the seeds, CRF -> OUT/pseudo_labels/ID.png"""
     dataset = data.DataSet(args.data)
     ids = list(dict.fromkeys(dataset.ids("train_aug") + dataset.ids("train", required=False)))
-    record = data.begin(args, "pseudo_labels", reads=("cams", "affinitynet"))
+    stage = data.Stage(args, "pseudo_labels", reads=("cams", "affinitynet"))
     paths = {id: args.out / "pseudo_labels" / f"{id}.png" for id in ids}
-    todo = data.missing_outputs(record, paths)
-    if record["done"] and not todo:
-        return print(f"{args.out / 'pseudo_labels'}: all {len(ids)} labels are done already")
-    since, saved = time.time(), data.read_weights(args.out / "affinitynet.pth")
+    todo = stage.todo(paths)
+    if stage.is_done(todo):
+        return
+    saved = data.read_weights(args.out / "affinitynet.pth")
     trained = argparse.Namespace(**{**saved["settings"], "from_scratch": True})
     net = AffinityNet(make_backbone(trained))
     data.load_weights(net, saved["model"], args.out / "affinitynet.pth")
-    net = net.to(args.device, memory_format=torch.channels_last).eval()
+    net = data.place(net, args).eval()
     tensor = data.to_tensor()
+    stage.start()
 
     def item(id, photo):
         classes, cams = data.read_seeds(args.out / "cams" / f"{id}.npz")
@@ -522,7 +521,7 @@ def walk(args):
 
     for _ in data.in_processes(_write_pseudo_label, jobs(), args.workers, len(todo), "pseudo labels"):
         pass
-    data.finish(args, "pseudo_labels", record, since)
+    stage.finish()
 
 
 def add_network_flags(parser):

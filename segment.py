@@ -4,8 +4,6 @@
     python segment.py predict   OUT/segmenter.pth    -> OUT/segmentation/ID.png of val
 """
 import argparse
-import json
-import time
 
 import numpy as np
 import torch
@@ -104,15 +102,16 @@ def train(args):
         return tensor(photo), label.as_subclass(torch.Tensor).long()
 
     batches = data.loader(data.Images(dataset, ids, item), args.batch_size, args, True)
+    stage = data.Stage(args, "segmenter", reads=("pseudo_labels",))
+    if stage.is_done():
+        return
     batch_norm = "trained" if args.from_scratch else "frozen" if args.freeze_bn else "published"
-    net = DeepLab(make_backbone(args), dataset.num_classes, batch_norm).to(args.device, memory_format=torch.channels_last)
-    record = data.begin(args, "segmenter", reads=("pseudo_labels",))
-    if record["done"]:
-        return print(f"{args.out / 'segmenter.pth'} is done already")
+    net = data.place(DeepLab(make_backbone(args), dataset.num_classes, batch_norm), args)
+    stage.start()
     optimizer = torch.optim.SGD(parameter_groups(net, NEW, args.lr, args.weight_decay), lr=args.lr, momentum=0.9)
-    data.fit(args, "segmenter", record, net, optimizer, batches, lambda photos, y: segmentation_loss(net(photos), y),
-             args.iterations, schedule=lambda done: (1 - done * args.iterations / (args.iterations + 1)) ** 0.9)
-    data.finish(args, "segmenter", json.loads((args.out / "segmenter.json").read_text()), time.time())
+    data.fit(stage, net, optimizer, batches, lambda photos, y: segmentation_loss(net(photos), y),
+             steps=args.iterations, schedule=lambda done: (1 - done * args.iterations / (args.iterations + 1)) ** 0.9)
+    stage.finish()
 
 
 # ---------------------------------------------------------------- predict
@@ -139,17 +138,18 @@ def predict(args):
     """Segment the photos of a list -> OUT/segmentation/ID.png"""
     dataset = data.DataSet(args.data)
     ids = args.ids or dataset.ids(args.split)
-    record = data.begin(args, "segmentation", reads=("segmenter",), without=("split",))
+    stage = data.Stage(args, "segmentation", reads=("segmenter",), without=("split",))
     paths = {id: args.out / "segmentation" / f"{id}.png" for id in ids}
-    todo = data.missing_outputs(record, paths)
-    if record["done"] and not todo:
-        return print(f"{args.out / 'segmentation'}: all {len(ids)} masks are done already")
-    since, saved = time.time(), data.read_weights(args.out / "segmenter.pth")
+    todo = stage.todo(paths)
+    if stage.is_done(todo):
+        return
+    saved = data.read_weights(args.out / "segmenter.pth")
     trained = argparse.Namespace(**{**saved["settings"], "from_scratch": True})
     net = DeepLab(make_backbone(trained), dataset.num_classes)
     data.load_weights(net, saved["model"], args.out / "segmenter.pth")
-    net = net.to(args.device, memory_format=torch.channels_last).eval()
+    net = data.place(net, args).eval()
     tensor = data.to_tensor()
+    stage.start()
 
     def item(id, photo):
         size = photo.size[::-1]
@@ -166,7 +166,7 @@ def predict(args):
 
     for _ in data.in_processes(_write_segmentation, jobs(), args.workers, len(todo), "segmentation"):
         pass
-    data.finish(args, "segmentation", record, since)
+    stage.finish()
 
 
 def main():

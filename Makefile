@@ -1,0 +1,76 @@
+# The paper's run, or the toy set's where DATA is not given. `make -n TARGET` prints what would run.
+DATA    ?= data/toy
+OUT     ?= out/$(notdir $(abspath $(DATA)))
+PRESET  ?= $(if $(filter data/toy,$(DATA)),toy,voc)
+SEED    ?= 0
+SEEDS   ?= 0 1 2
+PYTHON  ?= .venv/bin/python
+
+ENV     := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
+TOY     := $(if $(filter data/toy,$(DATA)),data/toy/toy.json)
+COMMON  := --data $(DATA) --out $(OUT) --preset $(PRESET) --seed $(SEED) $(if $(DEVICE),--device $(DEVICE))
+SCRATCH := $(if $(FROM_SCRATCH),--from-scratch)
+START   := $(SCRATCH) $(if $(CONFORMER),--pretrained $(CONFORMER)) $(if $(PARTIAL),--partial)
+BACK    := $(SCRATCH) $(if $(RESNET38),--resnet38 $(RESNET38)) $(if $(BACKBONE),--backbone $(BACKBONE))
+
+.NOTPARALLEL:
+.PHONY: help train cams psa seg eval show ablation check test clean
+
+help:
+	@echo "make train cams psa seg eval   image labels to segmenter on the toy set, then the table"
+	@echo "make test                      the tests, on the CPU"
+	@echo "  train     classifier                      -> OUT/classifier.pth"
+	@echo "  cams      seeds                           -> OUT/cams/"
+	@echo "  psa       affinity labels, net, walk, CRF -> OUT/pseudo_labels/"
+	@echo "  seg       segmenter and its masks of val  -> OUT/segmentation/"
+	@echo "  eval      one table of all stages         -> OUT/results.json"
+	@echo "  show      one picture of all stages       -> OUT/show.png"
+	@echo "  ablation  Table 5 over SEEDS              -> OUT/ablation/"
+	@echo "  check     what in DATA would break a stage"
+	@echo "DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) SEED=$(SEED) SEEDS=$(SEEDS) PYTHON=$(PYTHON)"
+	@echo "CONFORMER=FILE RESNET38=FILE: ImageNet weights; FROM_SCRATCH=1 PARTIAL=1 BACKBONE=resnet50 DEVICE=cpu"
+	@echo "TRAIN_FLAGS CAMS_FLAGS LABELS_FLAGS AFFINITY_FLAGS WALK_FLAGS SEG_FLAGS PREDICT_FLAGS: more flags of a script"
+
+# pydensecrf2 is compiled with the newest Cython: the one that its isolated build pins fails on Python 3.13.
+.venv/ready: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check cython setuptools wheel numpy
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -r requirements.txt
+	touch $@
+
+data/toy/toy.json: | $(ENV)
+	$(PYTHON) data.py toy --root data/toy
+
+train: $(ENV) $(TOY)
+	$(PYTHON) bnr.py train $(COMMON) $(START) $(TRAIN_FLAGS)
+
+cams: $(ENV) $(TOY)
+	$(PYTHON) bnr.py cams $(COMMON) $(CAMS_FLAGS)
+
+psa: $(ENV) $(TOY)
+	$(PYTHON) psa.py labels $(COMMON) $(LABELS_FLAGS)
+	$(PYTHON) psa.py train $(COMMON) $(BACK) $(AFFINITY_FLAGS)
+	$(PYTHON) psa.py walk $(COMMON) $(WALK_FLAGS)
+
+seg: $(ENV) $(TOY)
+	$(PYTHON) segment.py train $(COMMON) $(BACK) $(SEG_FLAGS)
+	$(PYTHON) segment.py predict $(COMMON) $(PREDICT_FLAGS)
+
+eval: $(ENV) $(TOY)
+	$(PYTHON) data.py eval $(COMMON)
+
+show: $(ENV) $(TOY)
+	$(PYTHON) segment.py predict $(COMMON) $(PREDICT_FLAGS) --ids $(IDS)
+	$(PYTHON) bnr.py show $(COMMON) --ids $(IDS)
+
+ablation: $(ENV) $(TOY)
+	$(PYTHON) bnr.py ablation $(COMMON) $(START) $(TRAIN_FLAGS) $(CAMS_FLAGS) --seeds $(SEEDS)
+
+check: $(ENV) $(TOY)
+	$(PYTHON) data.py check --data $(DATA)
+
+test: $(ENV)
+	$(PYTHON) -m pytest tests
+
+clean:
+	rm -rf out data/toy .venv

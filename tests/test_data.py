@@ -1,0 +1,203 @@
+"""Data sets, transforms, seeds, metrics."""
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+import data
+
+
+def make_set(root, ids=("a", "b"), size=(20, 30)):
+    """A data set of black photos, all of class "cat", without masks."""
+    (root / "JPEGImages").mkdir(parents=True)
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    for id in ids:
+        Image.new("RGB", size).save(root / "JPEGImages" / f"{id}.jpg")
+    (root / "classes.txt").write_text("cat\ndog\n")
+    (root / "labels.txt").write_text("".join(f"{id} cat\n" for id in ids))
+    (root / "ImageSets/Segmentation/train_aug.txt").write_text("".join(f"{id}\n" for id in ids))
+    return root
+
+
+def test_toy_set_is_the_same_for_a_seed_and_differs_for_another():
+    first, again, other = (data.toy_picture(np.random.RandomState([seed, 3])) for seed in (0, 0, 1))
+    assert (np.array(first[0]) == np.array(again[0])).all() and (first[1] == again[1]).all()
+    assert first[1].shape != other[1].shape or (first[1] != other[1]).any()
+
+
+def test_toy_pictures_have_the_promised_sizes_values_and_void_borders():
+    for n in range(12):
+        photo, mask = data.toy_picture(np.random.RandomState([0, n]))
+        assert photo.mode == "RGB" and photo.size == mask.shape[::-1] and all(160 <= side <= 256 for side in photo.size)
+        assert set(np.unique(mask)) <= {0, 1, 2, 3, 4, 5, data.VOID}
+        here, below = mask[:-1], mask[1:]
+        assert not ((here != below) & (here != data.VOID) & (below != data.VOID)).any()  # void between any two classes
+
+
+@pytest.mark.parametrize("lines", ["a\nb\n", "a\r\nb", "/JPEGImages/a.jpg /SegmentationClassAug/a.png\n/JPEGImages/b.jpg /x/b.png\n"])
+def test_lists_are_read_in_both_forms_and_with_any_line_end(tmp_path, lines):
+    dataset = data.DataSet(make_set(tmp_path))
+    (tmp_path / "ImageSets/Segmentation/train_aug.txt").unlink()
+    (tmp_path / "ImageSets/Segmentation/trainaug.txt").write_bytes(lines.encode())
+    assert dataset.ids("train_aug") == ["a", "b"]
+
+
+def test_labels_come_from_the_text_file_or_else_from_object_names(tmp_path):
+    make_set(tmp_path)
+    (tmp_path / "labels.txt").write_text("a dog cat\n")
+    (tmp_path / "Annotations").mkdir()
+    part = "<part><name>head</name></part>"
+    objects = "".join(f"<object><name>{n}</name>{part}</object>" for n in ("dog", "dog"))
+    (tmp_path / "Annotations/b.xml").write_text(f"<annotation>{objects}</annotation>")
+    assert data.DataSet(tmp_path).labels(["a", "b"]).tolist() == [[1, 1], [0, 1]]
+
+
+def test_classes_default_to_vocs(tmp_path):
+    (make_set(tmp_path) / "classes.txt").unlink()
+    dataset = data.DataSet(tmp_path)
+    assert dataset.num_classes == 21 and dataset.labels(["a"])[0, 7] == 1
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "LA", "1"])
+def test_photos_of_every_mode_load_as_rgb(tmp_path, mode):
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    Image.new("RGB", (4, 3), (255, 255, 255)).convert(mode).save(path)
+    image = data.read_image(path)
+    assert image.mode == "RGB" and np.array(image).shape == (3, 4, 3) and np.array(image).min() > 250
+
+
+def test_a_mask_comes_back_from_its_file(tmp_path):
+    mask = np.array([[0, 1, 255], [20, 3, 0]], np.uint8)
+    data.write_mask(tmp_path / "new/x.png", mask)
+    assert (data.read_mask(tmp_path / "new/x.png") == mask).all()
+    assert Image.open(tmp_path / "new/x.png").getpalette()[3:6] == [128, 0, 0]  # VOC's colour of class 1
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.png"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        data.write(tmp_path / "x", lambda file: file.write(b"new") / 0)
+    assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_long_side_is_resized_within_its_range():
+    resize = data.ResizeLongSide(32, 64)
+    sizes = {resize(Image.new("RGB", (200, 100))).size for _ in range(50)}
+    assert all(32 <= w <= 64 and abs(h - w / 2) <= 0.5 for w, h in sizes) and len(sizes) > 10
+
+
+def test_crop_pads_the_photo_with_the_mean_and_the_label_with_void():
+    crop = v2.RandomCrop(40, pad_if_needed=True, fill={tv_tensors.Mask: data.VOID, "others": data.MEAN_COLOUR})
+    photo, label = crop(Image.new("RGB", (20, 30), (1, 2, 3)), tv_tensors.Mask(torch.zeros(30, 20, dtype=torch.uint8)))
+    photo, label = np.array(photo), label.numpy()
+    assert photo.shape == (40, 40, 3) and (label == 0).sum() == 600 and (label == data.VOID).sum() == 1000
+    assert (photo[label == 0] == (1, 2, 3)).all() and (photo[label == data.VOID] == data.MEAN_COLOUR).all()
+
+
+def test_normalised_maps_span_zero_to_one():
+    cams = torch.tensor([[[2.0, 4.0], [3.0, 2.0]], [[0.0, 0.0], [0.0, 8.0]]])
+    out = data.normalise(cams)
+    torch.testing.assert_close(out, torch.tensor([[[0, 1.0], [0.5, 0]], [[0, 0], [0, 1]]]), atol=2e-5, rtol=0)
+
+
+def test_seeds_come_back_as_the_sum_of_resized_scales(tmp_path):
+    torch.manual_seed(0)
+    maps = [torch.randn(2, side, side) for side in (3, 6, 9)]
+    data.write_seeds(tmp_path / "x.npz", [1, 4], (31, 45), refined=[m.numpy() for m in maps])
+    classes, cams = data.read_seeds(tmp_path / "x.npz")
+    full = sum(v2.functional.resize(m, [31, 45], v2.InterpolationMode.BILINEAR, antialias=False) for m in maps).clamp(min=0)
+    assert classes.tolist() == [1, 4]
+    np.testing.assert_allclose(cams, data.normalise(full).numpy(), atol=1e-5)
+    with pytest.raises(data.InputError, match="plain"):
+        data.read_seeds(tmp_path / "x.npz", "plain")
+
+
+def test_a_photo_without_labels_has_seeds_of_background_only(tmp_path):
+    data.write_seeds(tmp_path / "x.npz", np.zeros(0, np.int64), (8, 9), refined=[np.zeros((0, 2, 2), np.float32)])
+    classes, cams = data.read_seeds(tmp_path / "x.npz")
+    assert (data.hard_threshold(classes, cams, 0.3) == np.zeros((8, 9))).all()
+    counts = data.confusion_over_thresholds(np.ones((8, 9), np.uint8), classes, cams, 3)
+    assert (counts[:, 1, 0] == 72).all() and (counts.sum((1, 2)) == 72).all()
+
+
+def test_hard_threshold_takes_the_class_at_equality():
+    cams = np.array([[[0.5, 0.2]], [[0.1, 0.3]]], np.float32)
+    assert data.hard_threshold(np.array([3, 7]), cams, 0.5).tolist() == [[3, 0]]
+    assert data.hard_threshold(np.array([3, 7]), cams, 0.3).tolist() == [[3, 7]]
+
+
+def test_sweep_equals_one_confusion_matrix_per_threshold():
+    r = np.random.RandomState(0)
+    classes = np.array([1, 3])
+    cams = (r.randint(0, 80, (2, 40, 50)) / np.float32(100)).astype(np.float32)  # many values exactly at a threshold
+    mask = r.choice([0, 1, 2, 3, data.VOID], (40, 50)).astype(np.uint8)
+    counts = data.confusion_over_thresholds(mask, classes, cams, 5)
+    for threshold, matrix in zip(data.THRESHOLDS, counts):
+        assert (matrix == data.confusion(mask, data.hard_threshold(classes, cams, threshold), 5)).all()
+
+
+def test_miou_equals_a_plain_loop_and_leaves_out_what_is_absent():
+    r = np.random.RandomState(0)
+    mask = r.choice([0, 1, 2, data.VOID], (30, 30)).astype(np.uint8)
+    prediction = r.choice([0, 2, 3], (30, 30)).astype(np.uint8)
+    found = data.iou(data.confusion(mask, prediction, 6))
+    for c in range(6):
+        seen = mask != data.VOID
+        both = ((mask == c) & (prediction == c) & seen).sum()
+        union = (((mask == c) | (prediction == c)) & seen).sum()
+        assert np.isnan(found[c]) if union == 0 else found[c] == both / union
+    assert np.isnan(found[4]) and found[1] == 0
+
+
+def test_average_precision_by_hand():
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]])
+    labels = torch.tensor([[1.0, 0], [0, 0], [1, 0]])  # hits at ranks 1 and 3; the second class never occurs
+    assert data.mean_average_precision(scores, labels) == pytest.approx((1 / 1 + 2 / 3) / 2)
+
+
+def test_palette_is_pascal_vocs():
+    assert data.palette()[[0, 1, 2, 15, 255]].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [224, 224, 192]]
+
+
+def _double(x):
+    return 2 * x
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_job_of_a_pool_comes_back(workers):
+    assert sorted(data.in_processes(_double, ((n,) for n in range(20)), workers, 20, "")) == list(range(0, 40, 2))
+
+
+def test_check_names_what_would_break_a_stage(tmp_path):
+    make_set(tmp_path, ids=("a", "b", "c"))
+    data.write_mask(tmp_path / "SegmentationClass/a.png", np.full((30, 20), 2))
+    assert "no problems" in run("data.py", "check", "--data", tmp_path)
+    data.write_mask(tmp_path / "SegmentationClass/a.png", np.full((30, 21), 2))
+    data.write_mask(tmp_path / "SegmentationClass/b.png", np.full((30, 20), 3))
+    (tmp_path / "JPEGImages/c.jpg").write_bytes((tmp_path / "JPEGImages/c.jpg").read_bytes()[:200])
+    said = run("data.py", "check", "--data", tmp_path, status=1)
+    assert "a: image 30x20, mask 30x21" in said and "b.png has value 3" in said and "c.jpg" in said and "3 problems" in said
+
+
+def test_weights_must_fit_and_what_stays_fresh_is_listed(tmp_path, capsys):
+    net, state = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)), {}
+    state = {"0.weight": torch.ones(3, 2), "0.bias": torch.zeros(3), "1.weight": torch.ones(9, 3), "1.bias": torch.ones(9)}
+    with pytest.raises(data.InputError, match=r"file does not fit.*1.weight \(file \(9, 3\), network \(4, 3\)\)"):
+        data.load_weights(net, state, "file")
+    assert data.load_weights(net, state, "file", heads=("1",)) == ["1.weight", "1.bias"]
+    assert "fresh: 1 (2)" in capsys.readouterr().out and net[0].weight.sum() == 6
+    del state["0.bias"]
+    with pytest.raises(data.InputError, match="1 missing, first 0.bias"):
+        data.load_weights(net, state, "file", heads=("1",))
+    assert "0.bias" in data.load_weights(net, state, "file", heads=("1",), partial=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights at all", b"\x80\x04\x95"])
+def test_a_file_that_is_no_weight_file_is_refused(tmp_path, content):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(data.InputError, match="w.pth"):
+        data.read_weights(tmp_path / "w.pth")

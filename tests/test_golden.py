@@ -1,0 +1,134 @@
+"""Equality with the authors' published code, in float32 on the CPU."""
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import GOLDEN, drawn_image, largest_difference, rebuilt
+from PIL import Image
+from torchvision.transforms import v2
+
+import bnr
+import data
+import psa
+import segment
+from conformer import Conformer, DropPath
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Conformer-S with the rebuilt weights; row 0 of the published heads, an unused background class, dropped."""
+    model = Conformer("small", 20).eval()
+    model.load_state_dict({k: v[1:] if k.startswith(bnr.HEADS) else v for k, v in rebuilt("conformer_small").items()})
+    return model
+
+
+@pytest.mark.parametrize("arch", ["tiny", "small", "base"])
+def test_conformer_has_the_published_names_and_shapes(arch):
+    shapes = {k: list(v.shape) for k, v in Conformer(arch, 21).state_dict().items()}
+    assert shapes == json.loads((GOLDEN / f"conformer_{arch}_keys.json").read_text())
+
+
+def test_conformer_has_the_published_constants():
+    model = Conformer("small", 20)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            assert module.eps == (1e-5 if name == "trans_norm" else 1e-6), name
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.eps == (1e-5 if name == "bn1" else 1e-6), name
+        if isinstance(module, nn.Linear):
+            assert module.bias.abs().max() == 0 and abs(module.weight.std() - 0.02) < 0.001, name
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            assert abs(module.weight.std() / (2 / fan_out) ** 0.5 - 1) < 0.05, name
+    rates = [module.p for module in model.modules() if isinstance(module, DropPath)]
+    assert rates == pytest.approx(np.linspace(0, 0.1, 12).tolist())
+
+
+@pytest.mark.parametrize("case, n, side", [(0, 1, 224), (1, 2, 256)])
+def test_maps_losses_and_gradients_equal_the_published(small, case, n, side):
+    golden = np.load(GOLDEN / "conformer_small.npz")
+    labels = torch.zeros(n, 20)
+    labels[:, 2] = labels[-1, 14] = 1
+    images = drawn_image(case, n, side, side)
+    cam, z, qks = bnr.forward(small, images)
+    refined = bnr.attend(qks, cam)
+    conv = golden[f"{case}_conv_logits"][:, 1:]
+    assert largest_difference(cam.mean((2, 3)).detach(), conv) < 1e-4
+    assert largest_difference(z.detach(), conv + golden[f"{case}_trans_logits"][:, 1:]) < 1e-4
+    assert largest_difference(cam.detach(), golden[f"{case}_cam"][:, 1:]) < 1e-4
+    assert largest_difference(refined.detach(), golden[f"{case}_refined"][:, 1:]) < 1e-4
+    noisy = bnr.attend(qks, refined) / len(qks)
+    losses = [bnr.soft_margin_loss(x, labels).item() for x in (z, *(m.mean((2, 3)) for m in (refined, noisy, 2 * noisy)))]
+    assert losses == pytest.approx(golden[f"{case}_losses"].tolist(), rel=1e-4)
+    expected = {("transcam", "1"): losses[0], ("bnr", "none"): losses[0] + losses[1], ("bnr", "1"): losses[0] + losses[2],
+                ("bnr", "2"): losses[0] + losses[3]}
+    for (loss, noise), value in expected.items():
+        assert bnr.loss_of(small, images, labels, loss, noise).item() == pytest.approx(value, rel=1e-6)
+    small.zero_grad()
+    bnr.loss_of(small, images, labels, "bnr", "1").backward()
+    names = [str(name).replace("[1:]", "") for name in golden[f"{case}_grad_names"]]
+    norms = [small.get_parameter(name).grad.norm().item() for name in names]
+    assert norms == pytest.approx(golden[f"{case}_grad_norms"].tolist(), rel=1e-3)
+
+
+def test_exported_seeds_equal_the_published(small):
+    golden = np.load(GOLDEN / "export.npz")
+    photo = Image.fromarray(golden["0_image"])
+    images = [data.to_tensor()(v2.functional.resize(photo, [s, s], v2.InterpolationMode.BICUBIC))[None] for s in golden["sizes"].tolist()]
+    maps = bnr.export(small, images, argparse.Namespace(amp=False, device=torch.device("cpu"), plain=False))
+    seeds = data.combine_scales([m[0, golden["0_keys"]] for m in maps["refined"]], photo.size[::-1])
+    assert np.abs(seeds.numpy() - golden["0_cam"]).max() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def seeds():
+    golden = np.load(GOLDEN / "psa.npz")
+    return golden, golden["0_image"], golden["0_keys"] + 1, golden["0_cam"]
+
+
+@pytest.mark.parametrize("threshold", [60, 25])
+def test_label_map_and_its_crf_equal_the_published(seeds, threshold):
+    golden, photo, classes, cams = seeds
+    label = data.hard_threshold(classes, cams, threshold / 100)
+    assert (label == golden[f"0_label{threshold}"]).all()
+    refined = psa.crf_from_labels(photo, label, 21, **psa.CRF_LABELS)
+    assert (refined == golden[f"0_crf{threshold}"]).mean() >= 0.9999
+
+
+def test_random_walk_equals_the_published(seeds):
+    golden, photo, classes, cams = seeds
+    net = psa.AffinityNet(psa.ResNet38()).eval()
+    net.load_state_dict({k if k.startswith("f") else f"backbone.{k}": 1.3 * v if k.startswith("f") else v
+                         for k, v in rebuilt("affinity").items()})
+    tensor = data.to_tensor()(Image.fromarray(photo))
+    scores = psa.walk_scores(net, tensor, torch.from_numpy(cams), background_score=0.42, beta=14, steps=2 ** 7)
+    assert largest_difference(scores, golden["0_walk_low"]) < 1e-3
+    height, width = photo.shape[:2]
+    full = F.interpolate(scores[None], (152, 208), mode="bilinear", align_corners=False)[0, :, :height, :width].numpy()
+    assert largest_difference(full, golden["0_walk"]) < 1e-3
+    assert (np.append(0, classes)[full.argmax(0)] == golden["0_walk_label"]).mean() >= 0.999
+    assert (psa.pseudo_label(scores, classes, photo, 21) == golden["0_walk_crf"]).mean() >= 0.995
+
+
+def test_deeplab_logits_equal_the_published():
+    net = segment.DeepLab(psa.ResNet38(), 21).eval()
+    net.load_state_dict(rebuilt("deeplab"))
+    with torch.no_grad():
+        logits = F.interpolate(net(drawn_image(0, 1, 97, 129)), (97, 129), mode="bilinear", align_corners=True)
+    assert largest_difference(logits[:, :, ::4, ::4], np.load(GOLDEN / "deeplab.npz")["logits"]) < 1e-4
+
+
+@pytest.mark.parametrize("form", ["", "_v1", "_legacy"])
+def test_mxnet_file_gives_the_published_tensors(form):
+    expected = json.loads((GOLDEN / "resnet38_div64.json").read_text())
+    found = psa.read_resnet38(GOLDEN / f"resnet38_div64{form}.params")
+    assert found.keys() == expected.keys()
+    for name, (shape, total, absolute) in expected.items():
+        assert list(found[name].shape) == shape
+        assert [found[name].double().sum().item(), found[name].double().abs().sum().item()] == pytest.approx([total, absolute], abs=1e-4)
+    net = psa.ResNet38(1)
+    data.load_weights(net, found, "golden")

@@ -1,0 +1,199 @@
+"""The five scripts through their own command lines on a small toy set, and the errors that they promise."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, run
+from PIL import Image
+
+import data
+
+SMALL = ("--preset", "toy", "--device", "cpu", "--workers", 0)
+CLASSIFIER = ("--epochs", 2, "--crop", 64, "--long-side", 64, 96, "--batch-size", 8)
+AFFINITY = ("--epochs", 1, "--width", 2, "--crop", 64, "--batch-size", 8)
+SEGMENTER = ("--iterations", 4, "--width", 2, "--crop", 64, "--batch-size", 8)
+
+
+@pytest.fixture(scope="module")
+def done(toy, tmp_path_factory):
+    """All stages, trained and exported with the masks out of reach; then scored. -> data, out, what was printed"""
+    out, hidden = tmp_path_factory.mktemp("out"), toy / "hidden"
+    (toy / "SegmentationClass").rename(hidden)
+    where, said = ("--data", toy, "--out", out, *SMALL), {}
+    said["train"] = run("bnr.py", "train", *where, *CLASSIFIER)
+    said["cams"] = run("bnr.py", "cams", *where)
+    said["labels"] = run("psa.py", "labels", "--data", toy, "--out", out, "--device", "cpu", "--workers", 2)
+    said["affinity"] = run("psa.py", "train", *where, *AFFINITY)
+    said["walk"] = run("psa.py", "walk", *where)
+    said["segmenter"] = run("segment.py", "train", *where, *SEGMENTER)
+    said["predict"] = run("segment.py", "predict", *where)
+    said["unscored"] = run("data.py", "eval", *where)
+    hidden.rename(toy / "SegmentationClass")
+    said["eval"] = run("data.py", "eval", *where)
+    return toy, out, said
+
+
+def test_device_is_the_first_thing_printed(done):
+    assert all(text.startswith("device: cpu") for text in done[2].values())
+
+
+def test_every_stage_writes_what_the_next_reads(done):
+    toy, out, _ = done
+    train, val = data.DataSet(toy).ids("train_aug"), data.DataSet(toy).ids("val")
+    for folder, ids, suffix in (("cams", train, ".npz"), ("affinity_labels", train, ".png"), ("pseudo_labels", train, ".png"),
+                                ("segmentation", val, ".png")):
+        assert {p.name for p in (out / folder).iterdir()} == {id + suffix for id in ids}
+    for id in train:
+        own = {1 + data.TOY_CLASSES.index(name) for name in data.DataSet(toy)._names(id)}
+        size = data.read_image(toy / "JPEGImages" / f"{id}.jpg").size[::-1]
+        label, seeds = data.read_mask(out / "pseudo_labels" / f"{id}.png"), data.read_seeds(out / "cams" / f"{id}.npz")
+        assert label.shape == size == seeds[1].shape[1:]
+        assert set(np.unique(label)) <= {0} | own == {0} | set(seeds[0].tolist())
+        assert seeds[1].min() >= 0 and seeds[1].max() <= 1
+
+
+def test_table_has_a_row_a_stage_and_the_json_the_same_numbers(done):
+    toy, out, said = done
+    results = json.loads((out / "results.json").read_text())
+    stages = ["classifier", "plain CAM", "refined seeds", "affinity labels", "pseudo labels", "segmenter"]
+    assert [row["stage"] for row in results["rows"]] == stages
+    for row in results["rows"][1:]:
+        assert f"{row['miou']:.2f}" in said["eval"] and len(row["iou"]) == 6
+        assert row["miou"] == pytest.approx(100 * np.nanmean(row["iou"]))
+        assert row["n"] == (8 if row["split"] == "val" else 24)
+    assert "0.60/0.25" in said["eval"] and "bg 0.42" in said["eval"] and "looking at the masks" in said["eval"]
+    assert "% of pixels that are labelled" in said["eval"]
+
+
+def test_without_masks_the_table_says_so_and_scores_nothing(done):
+    assert "has no SegmentationClass" in done[2]["unscored"] and "no masks" in done[2]["unscored"]
+
+
+def test_a_second_call_does_nothing_again(done):
+    toy, out, _ = done
+    where = ("--data", toy, "--out", out, *SMALL)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    for script, command, flags in (("bnr.py", "train", CLASSIFIER), ("bnr.py", "cams", ()), ("psa.py", "labels", ()),
+                                   ("psa.py", "train", AFFINITY), ("psa.py", "walk", ()), ("segment.py", "train", SEGMENTER),
+                                   ("segment.py", "predict", ())):
+        assert "done already" in run(script, command, *where, *flags)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_one_lost_file_is_made_again_and_no_other(done):
+    toy, out, _ = done
+    lost, kept = sorted((out / "pseudo_labels").iterdir())[:2]
+    content, time = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.unlink()
+    said = run("data.py", "eval", "--data", toy, "--out", out, "--workers", 0, status=1)
+    assert f"no prediction {lost}" in said
+    run("psa.py", "walk", "--data", toy, "--out", out, *SMALL)
+    assert lost.read_bytes() == content and kept.stat().st_mtime_ns == time
+
+
+def test_training_resumed_after_an_epoch_equals_one_that_never_stopped(done, tmp_path):
+    toy, out, _ = done
+    first = tmp_path / "classifier.pth"
+    flags = ("--data", toy, "--out", tmp_path, *SMALL, *CLASSIFIER)
+    script = ("import sys, data, bnr; full = data.write\n"
+              "def stop(path, save):\n"
+              "    full(path, save)\n"
+              "    if path.suffix == '.pth': raise KeyboardInterrupt\n"
+              "data.write = stop; sys.argv = sys.argv[1:]; bnr.main()")
+    (tmp_path / "stopped.py").write_text(f"import sys; sys.path.insert(0, {str(GOLDEN.parents[1])!r})\n{script}")
+    run(tmp_path / "stopped.py", "bnr.py", "train", *flags, status=130)
+    assert torch.load(first, weights_only=True)["step"] == 3
+    run("bnr.py", "train", *flags)
+    resumed, whole = (torch.load(p, weights_only=True)["model"] for p in (first, out / "classifier.pth"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_show_draws_a_row_of_six_panels(done):
+    toy, out, _ = done
+    id = data.DataSet(toy).ids("train")[0]
+    run("segment.py", "predict", "--data", toy, "--out", out, *SMALL, "--ids", id)
+    run("bnr.py", "show", "--data", toy, "--out", out, *SMALL, "--ids", id, "--height", 60)
+    width, height = Image.open(out / "show.png").size
+    photo = data.read_image(toy / "JPEGImages" / f"{id}.jpg").size
+    assert height == 60 + 8 and width == 6 * (round(60 * photo[0] / photo[1]) + 4) + 4
+
+
+def test_ablation_prints_table_5s_rows(toy, tmp_path):
+    said = run("bnr.py", "ablation", "--data", toy, "--out", tmp_path, *SMALL, *CLASSIFIER, "--epochs", 1, "--seeds", 0, 1)
+    for row in ("transcam", "no noise", "noise x1", "noise x2"):
+        assert f"\n{row}\n" in said
+        losses = {json.loads(p.read_text())["settings"]["noise"] for p in tmp_path.glob(f"ablation/{row.replace(' ', '-')}-seed*/classifier.json")}
+        assert len(losses) == 1
+    assert said.count("refined seeds    train     2") == 4
+
+
+def test_mean_over_runs(done, tmp_path):
+    for n, value in enumerate((50.0, 60.0)):
+        data.write_json(tmp_path / str(n) / "results.json", {"rows": [{"stage": "segmenter", "split": "val", "miou": value}]})
+    assert "55.00   7.07  50.00 60.00" in run("data.py", "mean", tmp_path / "0", tmp_path / "1")
+    assert "make eval" in run("data.py", "mean", tmp_path / "2", status=1)
+
+
+# ---------------------------------------------------------------- errors: one line, status 1
+
+def refused(script, *flags):
+    said = run(script, *flags, *SMALL, status=1)
+    assert "Traceback" not in said
+    return said.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("script, command, needs", [
+    ("bnr.py", "cams", 'no classifier in .*: run "make train"'), ("psa.py", "labels", 'no seeds in .*: run "make cams"'),
+    ("psa.py", "train", 'no affinity labels in .*: run "make psa"'), ("psa.py", "walk", 'no seeds in .*: run "make cams"'),
+    ("segment.py", "train", 'no pseudo labels in .*: run "make psa"'), ("segment.py", "predict", 'no segmenter in .*: run "make seg"'),
+    ("bnr.py", "show", 'no seeds in .*: run "make cams"'), ("data.py", "eval", 'nothing to score in .*: run "make train"')])
+def test_a_missing_stage_is_named_with_its_command(toy, tmp_path, script, command, needs):
+    import re
+    assert re.search(needs, refused(script, command, "--data", toy, "--out", tmp_path))
+
+
+def test_missing_weights_are_named_unless_from_scratch(toy, tmp_path):
+    where = ("--data", toy, "--out", tmp_path)
+    assert "Conformer_nano_patch16.pth" in refused("bnr.py", "train", *where, "--no-from-scratch")
+    assert "no weight file" in refused("bnr.py", "train", *where, "--pretrained", tmp_path / "x.pth")
+
+
+def test_bad_data_is_named(toy, tmp_path):
+    assert "JPEGImages" in refused("bnr.py", "train", "--data", tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(toy, copy)
+    where = ("--data", copy, "--out", tmp_path / "out")
+    assert "fewer than a batch of 99" in refused("bnr.py", "train", *where, "--batch-size", 99)
+    assert "no multiple of 16" in refused("bnr.py", "train", *where, "--crop", 100)
+    (copy / "JPEGImages/toy_0003.jpg").unlink()
+    assert "JPEGImages lacks 1 of 24 images, first toy_0003.jpg" in refused("bnr.py", "train", *where)
+    (copy / "ImageSets/Segmentation/train_aug.txt").write_text("toy_0000\ntoy_0000\n")
+    assert "twice, first toy_0000" in refused("bnr.py", "train", *where)
+    (copy / "ImageSets/Segmentation/train_aug.txt").unlink()
+    assert "has no train_aug.txt" in refused("bnr.py", "train", *where)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_label_is_named(toy, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(toy, copy)
+    (copy / "labels.txt").write_text("toy_0000 unicorn\n")
+    assert 'the label "unicorn" of toy_0000' in refused("bnr.py", "train", "--data", copy, "--out", tmp_path)
+    (copy / "labels.txt").unlink()
+    assert "no image labels of toy_0000" in refused("bnr.py", "train", "--data", copy, "--out", tmp_path)
+
+
+def test_a_wrong_flag_has_status_2(toy):
+    run("bnr.py", "train", "--data", toy, "--loss", "mse", status=2)
+
+
+def test_a_gpu_that_is_not_there_is_an_error(toy):
+    if not torch.cuda.is_available():
+        assert "finds no usable GPU" in run("bnr.py", "train", "--data", toy, "--device", "cuda", status=1)
+
+
+def test_toy_is_not_drawn_over_other_data(tmp_path):
+    (tmp_path / "mine.jpg").touch()
+    assert "not drawing over it" in run("data.py", "toy", "--root", tmp_path, status=1)

@@ -1,0 +1,236 @@
+"""Dense CRF, affinities, random walk, ResNet-38, and the segmenter built on it."""
+import struct
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDEN
+from pydensecrf.densecrf import DenseCRF2D
+from pydensecrf.utils import unary_from_labels
+
+import data
+import psa
+import segment
+
+
+def plain_crf(photo, labels, num_classes):
+    """All labels, as published. -> Q (S, H, W)"""
+    H, W = labels.shape
+    crf = DenseCRF2D(W, H, num_classes)
+    crf.setUnaryEnergy(unary_from_labels(labels, num_classes, gt_prob=0.7, zero_unsure=False))
+    crf.addPairwiseGaussian(sxy=3, compat=3)
+    crf.addPairwiseBilateral(sxy=50, srgb=5, rgbim=np.ascontiguousarray(photo), compat=10)
+    return np.array(crf.inference(10)).reshape(num_classes, H, W)
+
+
+@pytest.mark.parametrize("present, num_classes", [((0,), 21), ((0, 8, 15), 21), ((0, 1, 2), 3), ((0, 1), 3)])
+def test_merged_absent_labels_give_the_same_crf(present, num_classes):
+    photo, _ = data.toy_picture(np.random.RandomState(1))
+    photo = np.array(photo)[:90, :120]
+    r = np.random.RandomState(0)
+    labels = np.array(present, np.uint8)[r.randint(0, len(present), (9, 12)).repeat(10, 0).repeat(10, 1)]
+    expected = plain_crf(photo, labels, num_classes).argmax(0)
+    assert (psa.crf_from_labels(photo, labels, num_classes, **psa.CRF_LABELS) == expected).all()
+
+
+def test_affinity_label_is_void_where_thresholds_disagree():
+    cams = np.full((1, 40, 60), 0.1, np.float32)
+    cams[:, :, 20:40], cams[:, :, 40:] = 0.4, 0.9
+    photo = np.zeros((40, 60, 3), np.uint8)
+    photo[:, 20:40], photo[:, 40:] = (0, 255, 0), (255, 0, 0)  # colours keep the CRF from moving the edges
+    label = psa.affinity_label(np.array([2]), cams, photo, 4, foreground=0.60, background=0.25, crf=psa.CRF_LABELS)
+    assert (label[:, :20] == 0).all() and (label[:, 20:40] == data.VOID).all() and (label[:, 40:] == 2).all()
+
+
+def test_there_are_34_offsets_within_radius_5():
+    found = psa.offsets(5)
+    assert len(found) == len(set(found)) == 34 and found[:4] == [(0, 1), (0, 2), (0, 3), (0, 4)]
+    assert all(y >= 0 and x * x + y * y < 25 for y, x in found)
+    assert len({tuple(sorted([(0, 0), o])) for o in found} | {(0, 0)}) == 35
+
+
+@pytest.mark.parametrize("edge, radius", [(40, 5), (11, 5), (10, 4), (7, 3), (5, 2), (3, 2), (1, 2)])
+def test_radius_shrinks_on_small_maps(edge, radius):
+    assert psa.radius_for(edge, 40) == psa.radius_for(40, edge) == radius
+
+
+def plain_affinities(features, radius):
+    """By index, a pair at a time. -> {(from, to): affinity} with places (y, x)"""
+    _, h, w = features.shape
+    out = {}
+    for y in range(h - radius + 1):
+        for x in range(radius - 1, w - radius + 1):
+            for dy, dx in psa.offsets(radius):
+                gap = (features[:, y, x] - features[:, y + dy, x + dx]).abs().mean()
+                out[(y, x), (y + dy, x + dx)] = torch.exp(-gap).item()
+    return out
+
+
+def test_affinity_equals_a_loop_over_pairs():
+    torch.manual_seed(0)
+    features, radius = torch.randn(3, 6, 9), 3
+    found = psa.affinity(features[None], radius)[0]
+    for ((y, x), (y2, x2)), value in plain_affinities(features, radius).items():
+        assert found[psa.offsets(radius).index((y2 - y, x2 - x)), y, x - radius + 1].item() == pytest.approx(value, rel=1e-5)
+    assert found.numel() == len(plain_affinities(features, radius))
+
+
+def test_affinity_loss_equals_a_loop_over_pairs():
+    torch.manual_seed(0)
+    features, radius = torch.randn(2, 3, 6, 9), 3
+    labels = torch.tensor([0, 1, 2, data.VOID])[torch.randint(0, 4, (2, 6, 9))]
+    sums = {"background": [0, 1e-5], "same": [0, 1e-5], "unlike": [0, 1e-5]}
+    for image, label in zip(features, labels):
+        for (a, b), value in plain_affinities(image, radius).items():
+            if data.VOID in (label[a], label[b]):
+                continue
+            kind = "unlike" if label[a] != label[b] else "background" if label[a] == 0 else "same"
+            sums[kind][0] -= np.log(value + 1e-5) if kind != "unlike" else np.log(1 + 1e-5 - value)
+            sums[kind][1] += 1
+    expected = sum(weight * total / count for weight, (total, count) in zip((0.25, 0.25, 0.5), sums.values()))
+    found = psa.affinity_loss(psa.affinity(features, radius), labels, radius)
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+def plain_walk(maps, features, radius, beta, doublings):
+    """The published form: a dense N x N matrix, columns divided by their sums, squared again and again."""
+    L, h, w = maps.shape
+    matrix = torch.eye(h * w)
+    for (a, b), value in plain_affinities(features, radius).items():
+        i, j = a[0] * w + a[1], b[0] * w + b[1]
+        matrix[i, j] = matrix[j, i] = value ** beta
+    matrix = matrix / matrix.sum(0, keepdim=True)
+    for _ in range(doublings):
+        matrix = matrix @ matrix
+    return (maps.reshape(L, -1) @ matrix).view(L, h, w)
+
+
+def test_sparse_walk_equals_dense_powers():
+    torch.manual_seed(0)
+    features, maps = 0.1 * torch.randn(4, 9, 12), torch.rand(3, 9, 12)
+    found = psa.random_walk(maps, psa.affinity(features[None], 4)[0], 4, beta=14, steps=2 ** 5)
+    torch.testing.assert_close(found, plain_walk(maps, features, 4, 14, 5), atol=1e-5, rtol=0)
+
+
+def test_walk_keeps_a_constant_map():
+    features = torch.randn(1, 4, 12, 15)
+    maps = torch.full((1, 12, 15), 0.42)
+    torch.testing.assert_close(psa.random_walk(maps, psa.affinity(features, 5)[0], 5, 14, 128), maps, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (3, 3)])
+def test_walk_on_a_map_too_small_for_pairs_changes_nothing_or_mixes(size):
+    maps = torch.rand(2, *size)
+    radius = psa.radius_for(*size)
+    out = psa.random_walk(maps, psa.affinity(torch.zeros(1, 2, *size), radius)[0], radius, 14, 4)
+    assert out.shape == maps.shape and out.min() >= maps.min() and out.max() <= maps.max() + 1e-6
+
+
+def test_walk_scores_pad_the_photo_to_multiples_of_eight():
+    net = psa.AffinityNet(psa.ResNet38(1)).eval()
+    scores = psa.walk_scores(net, torch.randn(3, 41, 60), torch.rand(2, 41, 60), 0.42, 14, 4)
+    assert scores.shape == (3, 6, 8)
+    none = psa.walk_scores(net, torch.randn(3, 16, 16), torch.zeros(0, 16, 16), 0.42, 14, 4)
+    torch.testing.assert_close(none, torch.full((1, 2, 2), 0.42))
+
+
+def test_published_names_and_shapes_of_affinitynet_and_deeplab():
+    import json
+    for keys, net in (("affinity", psa.AffinityNet(psa.ResNet38())), ("deeplab", segment.DeepLab(psa.ResNet38(), 21))):
+        own = {(k.removeprefix("backbone.") if keys == "affinity" else k): list(v.shape) for k, v in net.state_dict().items()}
+        assert own == json.loads((GOLDEN / f"{keys}_keys.json").read_text())
+
+
+def test_affinitynet_freezes_the_first_layers_and_every_batch_norm():
+    net = psa.AffinityNet(psa.ResNet38(1)).train()
+    before = {k: v.clone() for k, v in net.state_dict().items() if "running" in k}
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all((v == net.state_dict()[k]).all() for k, v in before.items())
+    trained = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert not any("bn" in n for n in trained)
+    assert not any(n.startswith(("backbone.conv1a", "backbone.b2.", "backbone.b2_")) for n in trained)
+    assert {"backbone.b3.conv_branch2a.weight", "f9.weight"} <= trained
+    assert net.backbone.b7.dropout_2b1.training and not net.eval().backbone.b7.dropout_2b1.training
+
+
+def test_deeplab_fixes_scale_and_shift_but_follows_the_statistics():
+    net = segment.DeepLab(psa.ResNet38(1), 4).train()
+    before = net.backbone.bn7.running_mean.clone()
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert (net.backbone.bn7.running_mean != before).any() and net.backbone.bn7.momentum == 3e-4
+    assert net.backbone.bn7.weight.grad is None and net.cls_conv.weight.grad is not None
+    frozen = segment.DeepLab(psa.ResNet38(1), 4, "frozen").train()
+    assert not frozen.backbone.bn7.training and frozen.bn_fov.training
+
+
+def test_learning_rates_follow_the_published_groups():
+    net = segment.DeepLab(psa.ResNet38(1), 4)
+    rate = {id(p): (g["lr"], g["weight_decay"]) for g in psa.parameter_groups(net, segment.NEW, 0.001, 5e-4) for p in g["params"]}
+    assert rate[id(net.backbone.conv1a.weight)] == (0.001, 5e-4)
+    assert rate[id(net.conv_fov.weight)] == rate[id(net.conv_fov2.weight)] == (0.01, 5e-4)
+    assert rate[id(net.cls_conv.bias)] == (0.02, 0)
+    assert len(rate) == sum(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "resnet101"])
+def test_torchvision_backbones_have_stride_8(backbone):
+    found = psa.ResNetStages(backbone).eval()(torch.randn(1, 3, 64, 64))
+    assert [tuple(f.shape) for f in found] == [(1, c, 8, 8) for c in (512, 1024, 2048)]
+
+
+@pytest.mark.parametrize("name", ["resnet38_div64.params", "resnet38_div64_legacy.params"])
+@pytest.mark.parametrize("damage", ["cut", "foreign", "huge", "negative"])
+def test_damaged_mxnet_files_end_in_a_clear_error(tmp_path, name, damage):
+    raw = bytearray((GOLDEN / name).read_bytes())
+    if damage == "cut":
+        raw = raw[:len(raw) // 2]
+    elif damage == "foreign":
+        raw = bytearray(b"PK\x03\x04" + bytes(100))
+    else:  # the first side of the first array
+        at, form = (24 + 12, "<q") if "legacy" not in name else (24 + 4, "<i")
+        struct.pack_into(form, raw, at, 2 ** 30 if damage == "huge" else -3)
+    (tmp_path / "w.params").write_bytes(raw)
+    with pytest.raises(data.InputError, match="w.params cannot be read as MXNet weights"):
+        psa.read_resnet38(tmp_path / "w.params")
+
+
+def test_segmentation_loss_ignores_void():
+    logits = torch.zeros(1, 3, 2, 2)
+    logits[:, 1] = 50
+    labels = torch.full((1, 8, 8), data.VOID)
+    labels[:, :4] = 1
+    assert segment.segmentation_loss(logits, labels).item() == pytest.approx(0, abs=1e-6)
+    labels[:, 0] = 2
+    assert segment.segmentation_loss(logits, labels).item() == pytest.approx(50 / 4)
+
+
+def test_probabilities_average_logits_over_scales_and_mirror_images():
+    class Net(torch.nn.Module):  # logits that depend on the place: the column of the photo
+        def forward(self, x):
+            return torch.stack([x[:, 0], 2 * x[:, 1]], dim=1)
+
+    photo = torch.randn(3, 6, 8)
+    larger = torch.randn(3, 9, 12)
+    resized = F.interpolate(larger[None], (6, 8), mode="bilinear", align_corners=True)[0]
+    expected = torch.softmax(torch.stack([photo[0] + resized[0], 2 * photo[1] + 2 * resized[1]]) / 2, dim=0)
+    torch.testing.assert_close(segment.probabilities(Net(), [photo, larger], (6, 8)), expected)
+
+
+def test_hsv_jitter_shifts_a_colour_by_little_and_keeps_the_size():
+    from PIL import Image
+    photo = Image.new("RGB", (5, 4), (200, 100, 50))
+    torch.manual_seed(0)
+    colours = {tuple(np.array(segment.jitter_hsv(photo))[0, 0].tolist()) for _ in range(30)}
+    assert len(colours) > 20 and segment.jitter_hsv(photo).size == (5, 4)
+    assert all(abs(c[0] - 200) <= 12 for c in colours)  # the largest channel is the value
+
+
+def test_random_scale_resizes_photo_and_label_alike():
+    from PIL import Image
+    from torchvision import tv_tensors
+    label = tv_tensors.Mask(torch.tensor([[0, 3], [255, 7]], dtype=torch.uint8).repeat_interleave(20, 0).repeat_interleave(20, 1))
+    for _ in range(10):
+        photo, scaled = segment.random_scale(Image.new("RGB", (40, 40)), label)
+        assert photo.size == tuple(scaled.shape[::-1]) and 20 <= photo.size[0] <= 60
+        assert set(scaled.unique().tolist()) == {0, 3, 7, 255}
