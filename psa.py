@@ -25,8 +25,8 @@ import data
 PRESETS = {
     "voc": {},
     "coco": {},
-    "toy": {"from_scratch": True, "width": 12, "epochs": 12, "batch_size": 16, "crop": 160, "lr": 0.02, "momentum": 0.9},
-    "small": {"from_scratch": True, "width": 12, "epochs": 2, "batch_size": 16, "crop": 160, "lr": 0.02, "momentum": 0.9},
+    "toy": {"from_scratch": True, "width": 8, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 5, "crop": 128, "log_steps": 5},
+    "small": {"from_scratch": True, "width": 8, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 1, "crop": 128},
 }
 STRIDE = 8  # pixels of the photo one affinity feature stands for
 RADIUS = 5  # places within it are compared
@@ -158,7 +158,7 @@ class ResNet38(nn.Module):
 
     FROZEN = ("conv1a", "b2", "b2_1", "b2_2")
 
-    def __init__(self, width=64):
+    def __init__(self, width=64, dropout=1.0):
         super().__init__()
         c = [width * n for n in (1, 2, 4, 8, 16, 32, 64)]
         self.channels = c[3], c[4], c[6]
@@ -171,8 +171,8 @@ class ResNet38(nn.Module):
         self.b5 = ResBlock(c[3], c[3], c[4], first_dilation=1, dilation=2)
         self.b5_1 = ResBlock(c[4], c[3], c[4], first_dilation=2, dilation=2)
         self.b5_2 = ResBlock(c[4], c[3], c[4], first_dilation=2, dilation=2)
-        self.b6 = ResBlockBottleneck(c[4], c[5], dilation=4, dropout=0.3)
-        self.b7 = ResBlockBottleneck(c[5], c[6], dilation=4, dropout=0.5)
+        self.b6 = ResBlockBottleneck(c[4], c[5], dilation=4, dropout=0.3 * dropout)
+        self.b7 = ResBlockBottleneck(c[5], c[6], dilation=4, dropout=0.5 * dropout)
         self.bn7 = nn.BatchNorm2d(c[6])
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -208,7 +208,7 @@ class ResNetStages(nn.Module):
 
 def make_backbone(args):
     """-> the backbone, with the weights that the flags ask for"""
-    backbone = ResNet38(args.width) if args.backbone == "resnet38" else ResNetStages(args.backbone)
+    backbone = ResNet38(args.width, args.dropout) if args.backbone == "resnet38" else ResNetStages(args.backbone)
     if args.from_scratch:
         return backbone
     if args.backbone == "resnet38":
@@ -398,8 +398,11 @@ def parameter_groups(model, new, lr, weight_decay):
     return [{"params": p, "lr": lr * factor, "weight_decay": 0 if bias else weight_decay} for (factor, bias), p in groups.items()]
 
 
-def jitter():
-    return v2.ColorJitter(0.3, 0.3, 0.3, 0.1)
+def make_optimizer(args, model, new, momentum):
+    """SGD with the published groups, or AdamW for short trainings from scratch, where SGD learns next to nothing (ours)."""
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(parameter_groups(model, new, args.lr, args.weight_decay), args.lr, momentum)
 
 
 def train(args):
@@ -410,7 +413,7 @@ def train(args):
         raise data.InputError(f"--crop {args.crop} is no multiple of {STRIDE}")
     # Padding is black and counts as background, as TransCAM's script has it.
     both = v2.Compose([v2.RandomCrop(args.crop, pad_if_needed=True, fill=0), v2.RandomHorizontalFlip()])
-    colour, tensor = jitter(), data.to_tensor()
+    colour, tensor = v2.ColorJitter(0.3, 0.3, 0.3, 0.1), data.to_tensor()
 
     def item(id, photo):
         label = tv_tensors.Mask(data.read_mask(args.out / "affinity_labels" / f"{id}.png"))
@@ -423,7 +426,7 @@ def train(args):
         return
     net = data.place(AffinityNet(make_backbone(args), frozen=not args.from_scratch), args)
     stage.start()
-    optimizer = torch.optim.SGD(parameter_groups(net, ("f8", "f9"), args.lr, args.weight_decay), lr=args.lr, momentum=args.momentum)
+    optimizer = make_optimizer(args, net, ("f8", "f9"), args.momentum)
     radius = radius_for(args.crop // STRIDE, args.crop // STRIDE)
     data.fit(stage, net, optimizer, batches, lambda photos, y: affinity_loss(affinity(net(photos), radius), y, radius),
              steps=args.epochs * len(batches), schedule=lambda done: (1 - done) ** 0.9)
@@ -531,6 +534,8 @@ def add_network_flags(parser):
     parser.add_argument("--resnet38", type=Path, help="its ImageNet weights: MXNet's .params, or PSA's .pth")
     parser.add_argument("--backbone-weights", type=Path, help="file for resnet50 or resnet101 (default: torchvision's)")
     parser.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False, help="start without weights")
+    parser.add_argument("--dropout", type=float, default=1.0, help="factor on ResNet-38's dropout rates 0.3 and 0.5")
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="adamw is ours, for trainings from scratch")
     parser.add_argument("--crop", type=int, default=448, help="side of the square crops, pixels")
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="on weights, not on biases")
 

@@ -14,13 +14,15 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 import data
-from psa import add_network_flags, crf_inference, freeze_batch_norm, make_backbone, parameter_groups
+from psa import add_network_flags, crf_inference, freeze_batch_norm, make_backbone, make_optimizer
 
 PRESETS = {
     "voc": {},
     "coco": {},
-    "toy": {"from_scratch": True, "width": 12, "iterations": 400, "batch_size": 16, "crop": 160, "lr": 0.01, "scales": (0.75, 1.0, 1.25)},
-    "small": {"from_scratch": True, "width": 12, "iterations": 1500, "batch_size": 16, "crop": 160, "lr": 0.01, "scales": (0.75, 1.0, 1.25)},
+    "toy": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1000, "batch_size": 8,
+            "crop": 128, "scale_range": (0.5, 0.8), "scales": (0.5, 0.65, 0.8)},
+    "small": {"from_scratch": True, "width": 8, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1000, "batch_size": 8,
+              "crop": 128, "scale_range": (0.4, 0.8), "scales": (0.4, 0.6, 0.8)},
 }
 NEW = ("conv_fov", "conv_fov2", "cls_conv")
 CRF_SCORES = {"gauss": (3, 3), "bilateral": (32, 13, 10), "steps": 1}  # sxy, compat; sxy, srgb, compat
@@ -81,7 +83,7 @@ def jitter_hsv(photo):
     return Image.fromarray(hsv.clip(0, 255).astype(np.uint8), mode="HSV").convert("RGB")
 
 
-def random_scale(photo, label, low=0.5, high=1.5):
+def random_scale(photo, label, low, high):
     """Both sides times one random factor: photo bicubic (Pillow, antialiased), label nearest."""
     factor = float(torch.empty(()).uniform_(low, high))
     size = [max(1, round(side * factor)) for side in photo.size[::-1]]
@@ -98,7 +100,7 @@ def train(args):
 
     def item(id, photo):
         label = tv_tensors.Mask(data.read_mask(args.out / "pseudo_labels" / f"{id}.png"))
-        photo, label = crop(*random_scale(*flip(jitter_hsv(photo), label)))
+        photo, label = crop(*random_scale(*flip(jitter_hsv(photo), label), *args.scale_range))
         return tensor(photo), label.as_subclass(torch.Tensor).long()
 
     batches = data.loader(data.Images(dataset, ids, item), args.batch_size, args, True)
@@ -108,7 +110,7 @@ def train(args):
     batch_norm = "trained" if args.from_scratch else "frozen" if args.freeze_bn else "published"
     net = data.place(DeepLab(make_backbone(args), dataset.num_classes, batch_norm), args)
     stage.start()
-    optimizer = torch.optim.SGD(parameter_groups(net, NEW, args.lr, args.weight_decay), lr=args.lr, momentum=0.9)
+    optimizer = make_optimizer(args, net, NEW, momentum=0.9)
     data.fit(stage, net, optimizer, batches, lambda photos, y: segmentation_loss(net(photos), y),
              steps=args.iterations, schedule=lambda done: (1 - done * args.iterations / (args.iterations + 1)) ** 0.9)
     stage.finish()
@@ -176,6 +178,7 @@ def main():
     parser.add_argument("--iterations", type=int, default=20000, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=10, help="crops a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="of SGD; falls as (1 - i/(max+1))^0.9")
+    parser.add_argument("--scale-range", type=float, nargs=2, default=(0.5, 1.5), help="of the photo, in training")
     parser.add_argument("--freeze-bn", action=argparse.BooleanOptionalAction, default=False,
                         help="keep the backbone's BatchNorm statistics, for small batches")
     parser = commands.add(predict, "segment the photos of a list")

@@ -231,6 +231,6 @@ def test_random_scale_resizes_photo_and_label_alike():
     from torchvision import tv_tensors
     label = tv_tensors.Mask(torch.tensor([[0, 3], [255, 7]], dtype=torch.uint8).repeat_interleave(20, 0).repeat_interleave(20, 1))
     for _ in range(10):
-        photo, scaled = segment.random_scale(Image.new("RGB", (40, 40)), label)
+        photo, scaled = segment.random_scale(Image.new("RGB", (40, 40)), label, 0.5, 1.5)
         assert photo.size == tuple(scaled.shape[::-1]) and 20 <= photo.size[0] <= 60
         assert set(scaled.unique().tolist()) == {0, 3, 7, 255}
