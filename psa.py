@@ -26,7 +26,7 @@ PRESETS = {
     "voc": {},
     "coco": {},
     "toy": {"from_scratch": True, "width": 8, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 5, "crop": 128, "log_steps": 5},
-    "small": {"from_scratch": True, "width": 8, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 1, "crop": 128},
+    "small": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 1, "crop": 128},
 }
 STRIDE = 8  # pixels of the photo one affinity feature stands for
 RADIUS = 5  # places within it are compared

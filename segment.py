@@ -21,7 +21,7 @@ PRESETS = {
     "coco": {},
     "toy": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1000, "batch_size": 8,
             "crop": 128, "scale_range": (0.5, 0.8), "scales": (0.5, 0.65, 0.8)},
-    "small": {"from_scratch": True, "width": 8, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1000, "batch_size": 8,
+    "small": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1000, "batch_size": 8,
               "crop": 128, "scale_range": (0.4, 0.8), "scales": (0.4, 0.6, 0.8)},
 }
 NEW = ("conv_fov", "conv_fov2", "cls_conv")
