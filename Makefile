@@ -11,6 +11,7 @@ TOY     := $(if $(filter data/toy,$(DATA)),data/toy/toy.json)
 COMMON  := --data $(DATA) --out $(OUT) --preset $(PRESET) --seed $(SEED) $(if $(DEVICE),--device $(DEVICE))
 SCRATCH := $(if $(FROM_SCRATCH),--from-scratch)
 START   := $(SCRATCH) $(if $(CONFORMER),--pretrained $(CONFORMER)) $(if $(PARTIAL),--partial)
+PICK    := $(if $(IDS),--ids $(IDS)) --first $(if $(IDS),$(words $(IDS)),4)
 BACK    := $(SCRATCH) $(if $(RESNET38),--resnet38 $(RESNET38)) $(if $(BACKBONE),--backbone $(BACKBONE))
 
 .NOTPARALLEL:
@@ -24,7 +25,7 @@ help:
 	@echo "  psa       affinity labels, net, walk, CRF -> OUT/pseudo_labels/"
 	@echo "  seg       segmenter and its masks of val  -> OUT/segmentation/"
 	@echo "  eval      one table of all stages         -> OUT/results.json"
-	@echo "  show      one picture of all stages       -> OUT/show.png"
+	@echo "  show      one picture of all stages       -> OUT/show.png, of IDS or the first four"
 	@echo "  ablation  Table 5 over SEEDS              -> OUT/ablation/"
 	@echo "  check     what in DATA would break a stage"
 	@echo "DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) SEED=$(SEED) SEEDS=$(SEEDS) PYTHON=$(PYTHON)"
@@ -60,8 +61,8 @@ eval: $(ENV) $(TOY)
 	$(PYTHON) data.py eval $(COMMON)
 
 show: $(ENV) $(TOY)
-	$(PYTHON) segment.py predict $(COMMON) $(PREDICT_FLAGS) --ids $(IDS)
-	$(PYTHON) bnr.py show $(COMMON) --ids $(IDS)
+	$(PYTHON) segment.py predict $(COMMON) $(PREDICT_FLAGS) --split train $(PICK)
+	$(PYTHON) bnr.py show $(COMMON) $(PICK)
 
 ablation: $(ENV) $(TOY)
 	$(PYTHON) bnr.py ablation $(COMMON) $(START) $(TRAIN_FLAGS) $(CAMS_FLAGS) --seeds $(SEEDS)

@@ -8,7 +8,6 @@
 --loss transcam is the baseline (TransCAM), --loss bnr the paper's; --noise 1, 2, none are the columns of Table 5.
 """
 import argparse
-import copy
 import json
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from conformer import ARCHS, STRIDE, Conformer, init_attention
 PRESETS = {  # defaults that differ from the published VOC setting, which is that of the flags
     "voc": {},
     "coco": {"epochs": 10, "batch_size": 16},
-    "toy": {"arch": "nano", "from_scratch": True, "sharpness": 20.0, "epochs": 45, "lr": 1e-3, "crop": 128, "long_side": (128, 192),
+    "toy": {"arch": "nano", "from_scratch": True, "sharpness": 20.0, "epochs": 30, "lr": 1e-3, "crop": 128, "long_side": (128, 192),
             "scales": (1.0, 1.5, 2.0), "plain": True},
     "small": {"epochs": 2, "batch_size": 16, "lr": 2e-4, "crop": 128, "long_side": (112, 192), "scales": (1.25,), "plain": True},
 }
@@ -153,7 +152,7 @@ def train(args):
         return
     model = build(args, len(dataset.classes))
     stage.start()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     data.fit(stage, model, optimizer, batches, lambda images, y: loss_of(model, images, y, args.loss, args.noise),
              steps=args.epochs * len(batches))
     stage.finish(map=evaluate(model, dataset, args))
@@ -248,7 +247,7 @@ def show(args):
     dataset, out = data.DataSet(args.data), args.out
     data.read_record(out, "cams")
     colours, rows, side = torch.from_numpy(data.palette()), [], args.height
-    for id in args.ids or dataset.ids("train")[:4]:
+    for id in (args.ids or dataset.ids("train"))[:args.first]:
         photo = v2.functional.pil_to_tensor(data.read_image(dataset.image(id)))
         panels = [photo]
 
@@ -285,18 +284,16 @@ def ablation(args):
     results = {name: [] for name in ROWS}
     for seed in args.seeds:
         for name, (loss, noise) in ROWS.items():
-            run = copy.copy(args)
-            run.seed, run.loss, run.noise = seed, loss, noise
             own = (loss, noise, seed) == ("bnr", "1", args.seed)  # the row that `make train cams` itself makes
-            run.out = args.out if own else args.out / "ablation" / f"{name.replace(' ', '-')}-seed{seed}"
+            out = args.out if own else args.out / "ablation" / f"{name.replace(' ', '-')}-seed{seed}"
+            run = {**vars(args), "loss": loss, "noise": noise, "seed": seed, "out": out}
             torch.manual_seed(seed)
-            del run.seeds
-            train(run)
-            cams(run)
-            classifier = json.loads((run.out / "classifier.json").read_text())
+            for command in (train, cams):  # each with the flags that are its own, so that what it did before counts as done
+                command(argparse.Namespace(**{k: run[k] for k in args.flags[command.__name__]}))
+            classifier = json.loads((out / "classifier.json").read_text())
             rows = [{"stage": "classifier", "split": "val", "map": classifier["map"]}]
             for kind in (["plain"] if args.plain else []) + ["refined"]:
-                scored = data.score_seeds(dataset, ids, run.out / "cams", args.workers, kind)
+                scored = data.score_seeds(dataset, ids, out / "cams", args.workers, kind)
                 rows.append({"stage": f"{kind} seeds", "split": "train", **scored})
             results[name].append(rows)
     data.write_json(args.out / "ablation.json", {"seeds": list(args.seeds), **results})
@@ -331,8 +328,10 @@ def main():
         parser.add_argument("--weights", type=Path, help="a TransCAM classifier instead of OUT/classifier.pth")
         parser.add_argument("--scales", type=float, nargs="+", default=(0.5, 1.0, 1.5), help="of the crop")
         parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=False, help="export plain CAMs (M) too")
+    both[ablation].set_defaults(flags={f.__name__: list(vars(both[f].parse_args([]))) for f in (train, cams)})
     both[ablation].add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="one run of each row a seed")
-    both[show].add_argument("--ids", nargs="+", help="photos to draw (default: the first four of train)")
+    both[show].add_argument("--ids", nargs="+", help="photos to draw (default: train)")
+    both[show].add_argument("--first", type=int, default=4, help="only so many of them")
     both[show].add_argument("--height", type=int, default=120, help="of a row, pixels")
     commands.run()
 

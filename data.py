@@ -212,9 +212,9 @@ def loader(images, batch, args, train):
     """DataLoader over `Images`; in training shuffled, an incomplete last batch dropped."""
     if train and len(images) < batch:
         raise InputError(f"{len(images)} training images are fewer than a batch of {batch}: see --batch-size")
-    return torch.utils.data.DataLoader(
-        images, batch, shuffle=train, drop_last=train, num_workers=args.workers, pin_memory=args.device.type == "cuda",
-        generator=torch.Generator())
+    gpu = args.device.type == "cuda"  # on the CPU the network takes all cores, and loading in turn is faster
+    return torch.utils.data.DataLoader(images, batch, shuffle=train, drop_last=train, num_workers=args.workers if gpu else 0,
+                                       pin_memory=gpu, generator=torch.Generator())
 
 
 # ---------------------------------------------------------------- seeds
@@ -358,20 +358,24 @@ class Commands:
 
 def pick_device(name):
     """The device, printed; with a warning where a GPU is seen but cannot be used."""
-    usable = torch.cuda.is_available()
+    try:
+        torch.ones(1, device="cuda").add(1)
+        usable = True
+    except (RuntimeError, AssertionError):  # no GPU, no driver that fits, or a torch without kernels for this card
+        usable = False
     if name and name.startswith("cuda") and not usable:
         raise InputError(f"--device {name}: torch {torch.__version__} finds no usable GPU")
     device = torch.device(name or ("cuda" if usable else "cpu"))
-    card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
-    print(f"device: {device}{card}", flush=True)
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"device: {device} ({what})", flush=True)
     if not usable and Path("/proc/driver/nvidia/version").exists():
-        print(f"warning: a GPU is there, but torch {torch.__version__} cannot use it: see its CUDA version and the driver's")
+        print(f"warning: a GPU is there, but torch {torch.__version__} cannot use it: compare its CUDA version with the driver's")
     return device
 
 
 def settings_of(args, *without):
     """What a result depends on: the flags, less those that only say where and how fast."""
-    hidden = {"command", "function", "parser", "out", "device", "workers", "preset", "ids", "amp", *without}
+    hidden = {"command", "function", "parser", "out", "device", "workers", "preset", "ids", "first", "flags", "amp", *without}
     shown = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in hidden}
     return json.loads(json.dumps(shown))
 
@@ -465,9 +469,9 @@ def autocast(args):
     return torch.autocast(args.device.type, amp_dtype(args.device), enabled=args.amp)
 
 
-def place(model, args):
-    """The model on the device; channels_last on cuda only (torch 2.15's CPU kernels crash on narrow dilated convolutions)."""
-    return model.to(args.device, memory_format=torch.channels_last if args.device.type == "cuda" else torch.preserve_format)
+def place(model, args, channels_last=True):
+    """The model on the device, channels_last where it helps."""
+    return model.to(args.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
 def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 1.0):
@@ -596,7 +600,7 @@ def score(dataset, ids, folder, suffix, workers, what, name=None):
     require([dataset.mask(id) for id in ids])
     work, more = (_score_seeds, (name,)) if name else (_score_mask, ())
     jobs = ((dataset.mask(id), folder / f"{id}{suffix}", dataset.num_classes, *more) for id in ids)
-    parts = in_processes(work, jobs, workers, len(ids), what)
+    parts = in_processes(work, jobs, workers if len(ids) > 1000 else 0, len(ids), what)  # a pool takes seconds to start
     matrix, covered, seen = (sum(column) for column in zip(*parts))
     return matrix, covered / max(seen, 1)
 

@@ -25,7 +25,7 @@ import data
 PRESETS = {
     "voc": {},
     "coco": {},
-    "toy": {"from_scratch": True, "width": 8, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 5, "crop": 128, "log_steps": 5},
+    "toy": {"from_scratch": True, "width": 8, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 4, "crop": 128, "log_steps": 5},
     "small": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 1, "crop": 128},
 }
 STRIDE = 8  # pixels of the photo one affinity feature stands for
@@ -398,6 +398,11 @@ def parameter_groups(model, new, lr, weight_decay):
     return [{"params": p, "lr": lr * factor, "weight_decay": 0 if bias else weight_decay} for (factor, bias), p in groups.items()]
 
 
+def place(model, args):
+    """On the device; channels_last on cuda only: on the CPU torch 2.15's kernels crash on some narrow ResNet-38s."""
+    return data.place(model, args, channels_last=args.device.type == "cuda")
+
+
 def make_optimizer(args, model, new, momentum):
     """SGD with the published groups, or AdamW for short trainings from scratch, where SGD learns next to nothing (ours)."""
     if args.optimizer == "adamw":
@@ -424,7 +429,7 @@ def train(args):
     stage = data.Stage(args, "affinitynet", reads=("affinity_labels",))
     if stage.is_done():
         return
-    net = data.place(AffinityNet(make_backbone(args), frozen=not args.from_scratch), args)
+    net = place(AffinityNet(make_backbone(args), frozen=not args.from_scratch), args)
     stage.start()
     optimizer = make_optimizer(args, net, ("f8", "f9"), args.momentum)
     radius = radius_for(args.crop // STRIDE, args.crop // STRIDE)
@@ -506,7 +511,7 @@ def walk(args):
     trained = argparse.Namespace(**{**saved["settings"], "from_scratch": True})
     net = AffinityNet(make_backbone(trained))
     data.load_weights(net, saved["model"], args.out / "affinitynet.pth")
-    net = data.place(net, args).eval()
+    net = place(net, args).eval()
     tensor = data.to_tensor()
     stage.start()
 
@@ -515,7 +520,8 @@ def walk(args):
         return id, tensor(photo), classes, cams
 
     def jobs():
-        photos = torch.utils.data.DataLoader(data.Images(dataset, todo, item), batch_size=None, num_workers=args.workers)
+        photos = torch.utils.data.DataLoader(data.Images(dataset, todo, item), batch_size=None,
+                                             num_workers=args.workers if args.device.type == "cuda" else 0)
         for id, photo, classes, cams in photos:
             with data.autocast(args):
                 scores = walk_scores(net, photo.to(args.device), torch.as_tensor(cams).to(args.device),

@@ -14,12 +14,12 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 import data
-from psa import add_network_flags, crf_inference, freeze_batch_norm, make_backbone, make_optimizer
+from psa import add_network_flags, crf_inference, freeze_batch_norm, make_backbone, make_optimizer, place
 
 PRESETS = {
     "voc": {},
     "coco": {},
-    "toy": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1000, "batch_size": 8,
+    "toy": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 800, "batch_size": 8,
             "crop": 128, "scale_range": (0.5, 0.8), "scales": (0.5, 0.65, 0.8)},
     "small": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1000, "batch_size": 8,
               "crop": 128, "scale_range": (0.4, 0.8), "scales": (0.4, 0.6, 0.8)},
@@ -108,7 +108,7 @@ def train(args):
     if stage.is_done():
         return
     batch_norm = "trained" if args.from_scratch else "frozen" if args.freeze_bn else "published"
-    net = data.place(DeepLab(make_backbone(args), dataset.num_classes, batch_norm), args)
+    net = place(DeepLab(make_backbone(args), dataset.num_classes, batch_norm), args)
     stage.start()
     optimizer = make_optimizer(args, net, NEW, momentum=0.9)
     data.fit(stage, net, optimizer, batches, lambda photos, y: segmentation_loss(net(photos), y),
@@ -139,7 +139,7 @@ def _write_segmentation(scores, photo_path, path, crf):
 def predict(args):
     """Segment the photos of a list -> OUT/segmentation/ID.png"""
     dataset = data.DataSet(args.data)
-    ids = args.ids or dataset.ids(args.split)
+    ids = (args.ids or dataset.ids(args.split))[:args.first]
     stage = data.Stage(args, "segmentation", reads=("segmenter",), without=("split",))
     paths = {id: args.out / "segmentation" / f"{id}.png" for id in ids}
     todo = stage.todo(paths)
@@ -149,7 +149,7 @@ def predict(args):
     trained = argparse.Namespace(**{**saved["settings"], "from_scratch": True})
     net = DeepLab(make_backbone(trained), dataset.num_classes)
     data.load_weights(net, saved["model"], args.out / "segmenter.pth")
-    net = data.place(net, args).eval()
+    net = place(net, args).eval()
     tensor = data.to_tensor()
     stage.start()
 
@@ -160,7 +160,8 @@ def predict(args):
         return id, size, [tensor(p) for p in scaled]
 
     def jobs():
-        photos = torch.utils.data.DataLoader(data.Images(dataset, todo, item), batch_size=None, num_workers=args.workers)
+        photos = torch.utils.data.DataLoader(data.Images(dataset, todo, item), batch_size=None,
+                                             num_workers=args.workers if args.device.type == "cuda" else 0)
         for id, size, scaled in photos:
             with data.autocast(args):
                 scores = probabilities(net, [p.to(args.device) for p in scaled], size)
@@ -184,6 +185,7 @@ def main():
     parser = commands.add(predict, "segment the photos of a list")
     parser.add_argument("--split", default="val", help="list in ImageSets/Segmentation")
     parser.add_argument("--ids", nargs="+", help="these photos instead of a list")
+    parser.add_argument("--first", type=int, help="only so many of them")
     parser.add_argument("--scales", type=float, nargs="+", default=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), help="of the photo")
     parser.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True, help="refine by the dense CRF")
     commands.run()

@@ -120,12 +120,38 @@ def test_show_draws_a_row_of_six_panels(done):
     assert height == 60 + 8 and width == 6 * (round(60 * photo[0] / photo[1]) + 4) + 4
 
 
+def test_cams_takes_a_transcam_classifier_and_drops_its_background_row(done, tmp_path):
+    toy, out, _ = done
+    state = torch.load(out / "classifier.pth", weights_only=True)["model"]
+    for name in ("conv_cls_head", "trans_cls_head"):
+        for kind in ("weight", "bias"):
+            value = state[f"{name}.{kind}"]
+            state[f"{name}.{kind}"] = torch.cat([torch.full_like(value[:1], 1e6), value])
+    torch.save(state, tmp_path / "transcam.pth")
+    run("bnr.py", "cams", "--data", toy, "--out", tmp_path, *SMALL, "--crop", 64, "--weights", tmp_path / "transcam.pth")
+    for path in (tmp_path / "cams").iterdir():
+        ours, theirs = data.read_seeds(path), data.read_seeds(out / "cams" / path.name)
+        assert (ours[0] == theirs[0]).all() and np.abs(ours[1] - theirs[1]).max() < 1e-5
+
+
+def test_a_partial_file_needs_partial_and_fresh_blocks_start_sharp(done, tmp_path):
+    toy, out, _ = done
+    state = torch.load(out / "classifier.pth", weights_only=True)["model"]
+    torch.save({k: v for k, v in state.items() if "trans" not in k or "cnn_block" in k}, tmp_path / "conv.pth")
+    flags = ("train", "--data", toy, "--out", tmp_path / "out", *CLASSIFIER, "--epochs", 1, "--pretrained", tmp_path / "conv.pth")
+    assert "--partial takes" in refused("bnr.py", *flags)
+    said = run("bnr.py", *flags, *SMALL, "--partial")
+    assert "fresh: " in said and "trans_1" in said and "conv_1 " not in said
+
+
 def test_ablation_prints_table_5s_rows(toy, tmp_path):
-    said = run("bnr.py", "ablation", "--data", toy, "--out", tmp_path, *SMALL, *CLASSIFIER, "--epochs", 1, "--seeds", 0, 1)
+    flags = ("--data", toy, "--out", tmp_path, *SMALL, *CLASSIFIER, "--epochs", 1)
+    run("bnr.py", "train", *flags)
+    said = run("bnr.py", "ablation", *flags, "--seeds", 0, 1)
+    assert "classifier: done already" in said  # the run itself is a row
     for row in ("transcam", "no noise", "noise x1", "noise x2"):
         assert f"\n{row}\n" in said
-        losses = {json.loads(p.read_text())["settings"]["noise"] for p in tmp_path.glob(f"ablation/{row.replace(' ', '-')}-seed*/classifier.json")}
-        assert len(losses) == 1
+    assert len(list(tmp_path.glob("ablation/*/cams.json"))) == 7
     assert said.count("refined seeds    train     2") == 4
 
 
