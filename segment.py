@@ -21,7 +21,7 @@ PRESETS = {
     "coco": {},
     "toy": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 800, "batch_size": 8,
             "crop": 128, "scale_range": (0.5, 0.8), "scales": (0.5, 0.65, 0.8)},
-    "small": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1000, "batch_size": 8,
+    "small": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1500, "batch_size": 8,
               "crop": 128, "scale_range": (0.4, 0.8), "scales": (0.4, 0.6, 0.8)},
 }
 NEW = ("conv_fov", "conv_fov2", "cls_conv")
@@ -33,7 +33,7 @@ class DeepLab(nn.Module):
     """DeepLab-LargeFOV. (B, 3, H, W) -> logits (B, S, ceil(H/8), ceil(W/8))
 
     batch_norm: "published" (batch statistics, running ones with momentum 3e-4, scale and shift fixed), "frozen" (the
-    backbone's own statistics too) or "trained" (for a backbone without weights).
+    backbone keeps its statistics, the two new ones train as usual) or "trained" (for a backbone without weights).
     """
 
     def __init__(self, backbone, num_classes, batch_norm="published"):
@@ -49,11 +49,13 @@ class DeepLab(nn.Module):
         for conv in (self.conv_fov, self.conv_fov2, self.cls_conv):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.cls_conv.bias)
-        if batch_norm != "trained":
+        if batch_norm == "published":
             freeze_batch_norm(self, statistics=False)
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.momentum = 3e-4
+        elif batch_norm == "frozen":
+            freeze_batch_norm(backbone)
 
     def train(self, mode=True):
         super().train(mode)
@@ -181,7 +183,7 @@ def main():
     parser.add_argument("--lr", type=float, default=1e-3, help="of SGD; falls as (1 - i/(max+1))^0.9")
     parser.add_argument("--scale-range", type=float, nargs=2, default=(0.5, 1.5), help="of the photo, in training")
     parser.add_argument("--freeze-bn", action=argparse.BooleanOptionalAction, default=False,
-                        help="keep the backbone's BatchNorm statistics, for small batches")
+                        help="keep the backbone's BatchNorm as it is, for small batches and short runs")
     parser = commands.add(predict, "segment the photos of a list")
     parser.add_argument("--split", default="val", help="list in ImageSets/Segmentation")
     parser.add_argument("--ids", nargs="+", help="these photos instead of a list")

@@ -161,7 +161,8 @@ def test_deeplab_fixes_scale_and_shift_but_follows_the_statistics():
     assert (net.backbone.bn7.running_mean != before).any() and net.backbone.bn7.momentum == 3e-4
     assert net.backbone.bn7.weight.grad is None and net.cls_conv.weight.grad is not None
     frozen = segment.DeepLab(psa.ResNet38(1), 4, "frozen").train()
-    assert not frozen.backbone.bn7.training and frozen.bn_fov.training
+    assert not frozen.backbone.bn7.training and not frozen.backbone.bn7.weight.requires_grad
+    assert frozen.bn_fov.training and frozen.bn_fov.weight.requires_grad and frozen.bn_fov.momentum == 0.1
 
 
 def test_learning_rates_follow_the_published_groups():
