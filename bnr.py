@@ -97,18 +97,18 @@ def forward(model, images):
     """-> M (B, K, h, w), z = GAP(M) + Linear(class token) (B, K), the blocks' queries and keys"""
     features, token, qks = model(images)
     cam = class_activation_map(features, model.conv_cls_head.weight, model.conv_cls_head.bias)
-    return cam, cam.mean((2, 3)) + model.trans_cls_head(token), qks
+    return cam, cam.float().mean((2, 3)) + model.trans_cls_head(token), qks
 
 
 def loss_of(model, images, labels, loss, noise):
     """`loss`: "transcam" or "bnr"; `noise`: "none" or the factor of eq. 6 ("1", "2")  ->  scalar"""
     cam, z, qks = forward(model, images)
     if loss == "transcam":
-        return soft_margin_loss(z.float(), labels)
+        return soft_margin_loss(z, labels)
     noisy = attend(qks, cam)  # M*
     if noise != "none":
         noisy = float(noise) / len(qks) * attend(qks, noisy)  # M**, eqs. 6 and 7
-    return bnr_loss(z.float(), noisy.mean((2, 3)), labels)
+    return bnr_loss(z, noisy.mean((2, 3)), labels)
 
 
 # ---------------------------------------------------------------- train
@@ -169,7 +169,7 @@ def evaluate(model, dataset, args):
     model.eval()
     for images in data.loader(data.Images(dataset, ids, lambda id, image: prepare(image)), args.batch_size, args, False):
         with data.autocast(args):
-            scores.append(forward(model, images.to(args.device))[1].float().cpu())
+            scores.append(forward(model, images.to(args.device))[1].cpu())
     result = data.mean_average_precision(torch.cat(scores), labels)
     print(f"mAP on val: {100 * result:.2f} %")
     return result

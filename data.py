@@ -321,9 +321,9 @@ class Commands:
         self.commands = self.parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
         self.presets = presets
 
-    def add(self, function, help):
+    def add(self, function, help, name=None):
         """A sub-command with the flags that all stages share."""
-        parser = self.commands.add_parser(function.__name__, help=help, description=function.__doc__,
+        parser = self.commands.add_parser(name or function.__name__, help=help, description=function.__doc__,
                                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         parser.set_defaults(function=function, parser=parser)
         parser.add_argument("--data", type=Path, default=Path("data/toy"), help="data set in VOC layout")
@@ -621,7 +621,7 @@ def score_masks(dataset, ids, folder, workers, what, threshold, crf):
     return {"threshold": threshold, "crf": crf, "iou": each.tolist(), "miou": 100 * float(np.nanmean(each)), "coverage": coverage}
 
 
-def eval(args):
+def evaluate(args):
     """Score every stage found in OUT against the masks, print one table, write OUT/results.json."""
     dataset = DataSet(args.data)
     train, val = dataset.ids("train", required=False), dataset.ids("val", required=False)
@@ -911,8 +911,8 @@ def toy(args):
 
 def main():
     commands = Commands(__doc__, {"toy": {}, "voc": {}, "coco": {}, "small": {}})
-    for function, help in ((eval, "score every stage in OUT"), (check, "look for what would break a stage")):
-        commands.add(function, help)
+    commands.add(evaluate, "score every stage in OUT", name="eval")
+    commands.add(check, "look for what would break a stage")
     for function, help in ((toy, "draw the toy set"), (mean, "mean and deviation over runs")):
         parser = commands.commands.add_parser(function.__name__, help=help, description=function.__doc__)
         parser.set_defaults(function=function)

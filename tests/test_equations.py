@@ -109,7 +109,7 @@ def test_stage_sizes_follow_the_stride_and_other_sizes_are_refused():
     model = Conformer("nano", 4).eval()
     features, token, qks = model(torch.randn(2, 3, 48, 80))
     assert features.shape == (2, 256, 3, 5) and token.shape == (2, 96)
-    assert [tuple(q.shape) for q, _ in qks] == [(2, 3, 1 + 15, 32)] * 6
+    assert [tuple(q.shape) for q, _ in qks] == [(2, 3, 1 + 15, 32)] * 4
     with pytest.raises(ValueError, match="multiples of 16"):
         model(torch.randn(1, 3, 50, 64))
 

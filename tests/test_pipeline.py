@@ -1,11 +1,12 @@
 """The five scripts through their own command lines on a small toy set, and the errors that they promise."""
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, run
+from conftest import run, run_process
 from PIL import Image
 
 import data
@@ -22,16 +23,16 @@ def done(toy, tmp_path_factory):
     out, hidden = tmp_path_factory.mktemp("out"), toy / "hidden"
     (toy / "SegmentationClass").rename(hidden)
     where, said = ("--data", toy, "--out", out, *SMALL), {}
-    said["train"] = run("bnr.py", "train", *where, *CLASSIFIER)
-    said["cams"] = run("bnr.py", "cams", *where)
-    said["labels"] = run("psa.py", "labels", "--data", toy, "--out", out, "--device", "cpu", "--workers", 2)
-    said["affinity"] = run("psa.py", "train", *where, *AFFINITY)
-    said["walk"] = run("psa.py", "walk", *where)
-    said["segmenter"] = run("segment.py", "train", *where, *SEGMENTER)
-    said["predict"] = run("segment.py", "predict", *where)
+    said["train"] = run_process("bnr.py", "train", *where, *CLASSIFIER)
+    said["cams"] = run_process("bnr.py", "cams", *where)
+    said["labels"] = run_process("psa.py", "labels", "--data", toy, "--out", out, "--device", "cpu", "--workers", 2)
+    said["affinity"] = run_process("psa.py", "train", *where, *AFFINITY)
+    said["walk"] = run_process("psa.py", "walk", *where)
+    said["segmenter"] = run_process("segment.py", "train", *where, *SEGMENTER)
+    said["predict"] = run_process("segment.py", "predict", *where)
     said["unscored"] = run("data.py", "eval", *where)
     hidden.rename(toy / "SegmentationClass")
-    said["eval"] = run("data.py", "eval", *where)
+    said["eval"] = run_process("data.py", "eval", *where)
     return toy, out, said
 
 
@@ -93,17 +94,19 @@ def test_one_lost_file_is_made_again_and_no_other(done):
     assert lost.read_bytes() == content and kept.stat().st_mtime_ns == time
 
 
-def test_training_resumed_after_an_epoch_equals_one_that_never_stopped(done, tmp_path):
+def test_training_resumed_after_an_epoch_equals_one_that_never_stopped(done, tmp_path, monkeypatch):
     toy, out, _ = done
-    first = tmp_path / "classifier.pth"
+    first, write = tmp_path / "classifier.pth", data.write
     flags = ("--data", toy, "--out", tmp_path, *SMALL, *CLASSIFIER)
-    script = ("import sys, data, bnr; full = data.write\n"
-              "def stop(path, save):\n"
-              "    full(path, save)\n"
-              "    if path.suffix == '.pth': raise KeyboardInterrupt\n"
-              "data.write = stop; sys.argv = sys.argv[1:]; bnr.main()")
-    (tmp_path / "stopped.py").write_text(f"import sys; sys.path.insert(0, {str(GOLDEN.parents[1])!r})\n{script}")
-    run(tmp_path / "stopped.py", "bnr.py", "train", *flags, status=130)
+
+    def stop(path, save):
+        write(path, save)
+        if path == first:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "write", stop)
+    run("bnr.py", "train", *flags, status=130)
+    monkeypatch.undo()
     assert torch.load(first, weights_only=True)["step"] == 3
     run("bnr.py", "train", *flags)
     resumed, whole = (torch.load(p, weights_only=True)["model"] for p in (first, out / "classifier.pth"))
@@ -176,7 +179,6 @@ def refused(script, *flags):
     ("segment.py", "train", 'no pseudo labels in .*: run "make psa"'), ("segment.py", "predict", 'no segmenter in .*: run "make seg"'),
     ("bnr.py", "show", 'no seeds in .*: run "make cams"'), ("data.py", "eval", 'nothing to score in .*: run "make train"')])
 def test_a_missing_stage_is_named_with_its_command(toy, tmp_path, script, command, needs):
-    import re
     assert re.search(needs, refused(script, command, "--data", toy, "--out", tmp_path))
 
 
@@ -209,6 +211,11 @@ def test_an_unknown_label_is_named(toy, tmp_path):
     assert 'the label "unicorn" of toy_0000' in refused("bnr.py", "train", "--data", copy, "--out", tmp_path)
     (copy / "labels.txt").unlink()
     assert "no image labels of toy_0000" in refused("bnr.py", "train", "--data", copy, "--out", tmp_path)
+
+
+def test_errors_are_one_line_of_a_process(tmp_path):
+    said = run_process("bnr.py", "train", "--data", tmp_path, status=1)
+    assert said.splitlines()[-1].startswith("error: ") and "Traceback" not in said
 
 
 def test_a_wrong_flag_has_status_2(toy):

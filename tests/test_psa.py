@@ -1,4 +1,5 @@
 """Dense CRF, affinities, random walk, ResNet-38, and the segmenter built on it."""
+import json
 import struct
 
 import numpy as np
@@ -6,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN
+from PIL import Image
 from pydensecrf.densecrf import DenseCRF2D
 from pydensecrf.utils import unary_from_labels
+from torchvision import tv_tensors
 
 import data
 import psa
@@ -136,7 +139,6 @@ def test_walk_scores_pad_the_photo_to_multiples_of_eight():
 
 
 def test_published_names_and_shapes_of_affinitynet_and_deeplab():
-    import json
     for keys, net in (("affinity", psa.AffinityNet(psa.ResNet38())), ("deeplab", segment.DeepLab(psa.ResNet38(), 21))):
         own = {(k.removeprefix("backbone.") if keys == "affinity" else k): list(v.shape) for k, v in net.state_dict().items()}
         assert own == json.loads((GOLDEN / f"{keys}_keys.json").read_text())
@@ -219,7 +221,6 @@ def test_probabilities_average_logits_over_scales_and_mirror_images():
 
 
 def test_hsv_jitter_shifts_a_colour_by_little_and_keeps_the_size():
-    from PIL import Image
     photo = Image.new("RGB", (5, 4), (200, 100, 50))
     torch.manual_seed(0)
     colours = {tuple(np.array(segment.jitter_hsv(photo))[0, 0].tolist()) for _ in range(30)}
@@ -228,8 +229,6 @@ def test_hsv_jitter_shifts_a_colour_by_little_and_keeps_the_size():
 
 
 def test_random_scale_resizes_photo_and_label_alike():
-    from PIL import Image
-    from torchvision import tv_tensors
     label = tv_tensors.Mask(torch.tensor([[0, 3], [255, 7]], dtype=torch.uint8).repeat_interleave(20, 0).repeat_interleave(20, 1))
     for _ in range(10):
         photo, scaled = segment.random_scale(Image.new("RGB", (40, 40)), label, 0.5, 1.5)
