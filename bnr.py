@@ -22,7 +22,7 @@ from conformer import ARCHS, STRIDE, Conformer, init_attention
 PRESETS = {  # defaults that differ from the published VOC setting, which is that of the flags
     "voc": {},
     "coco": {"epochs": 10, "batch_size": 16},
-    "toy": {"arch": "nano", "from_scratch": True, "sharpness": 20.0, "epochs": 36, "lr": 2e-3, "crop": 128, "long_side": (128, 192),
+    "toy": {"arch": "nano", "from_scratch": True, "sharpness": 20.0, "epochs": 50, "lr": 1e-3, "crop": 128, "long_side": (128, 192),
             "scales": (1.0, 1.5, 2.0), "plain": True},
     "small": {"epochs": 1, "batch_size": 16, "lr": 2e-4, "crop": 128, "long_side": (112, 192), "scales": (1.0,), "plain": True},
 }

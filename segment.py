@@ -19,7 +19,7 @@ from psa import add_network_flags, crf_inference, freeze_batch_norm, make_backbo
 PRESETS = {
     "voc": {},
     "coco": {},
-    "toy": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 800, "batch_size": 8,
+    "toy": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1000, "batch_size": 8,
             "crop": 128, "scale_range": (0.5, 0.8), "scales": (0.5, 0.65, 0.8)},
     "small": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1500, "batch_size": 8,
               "crop": 128, "scale_range": (0.4, 0.8), "scales": (0.4, 0.6, 0.8)},
