@@ -351,7 +351,8 @@ class Commands:
                 torch.manual_seed(args.seed)
             args.function(args)
         except (InputError, OSError) as error:
-            sys.exit(f"error: {error}")
+            # From a loader's worker the message comes with a traceback in front.
+            sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("data.InputError: "))
         except KeyboardInterrupt:
             sys.exit(130)
 
@@ -522,14 +523,21 @@ def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 
 
 # ---------------------------------------------------------------- weight files
 
+def print_sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    print(f"{path}: sha256 {digest.hexdigest()}")
+
+
 def read_weights(path, quiet=False):
     """A .pth file without unpickling code; its sha256 is printed."""
     if not Path(path).is_file():
         raise InputError(f"no weight file {path}")
     try:
         if not quiet:
-            with open(path, "rb") as file:
-                print(f"{path}: sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}")
+            print_sha256(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a foreign file
         raise InputError(f"{path} is no weight file that loads safely: {(str(error) or type(error).__name__).splitlines()[0]}") from None

@@ -258,6 +258,7 @@ def read_mxnet(path):
     """Arrays of an MXNet .params file in any of its three on-disk forms, numpy only. -> name: float32 array"""
     if not path.is_file():
         raise data.InputError(f"no weight file {path}")
+    data.print_sha256(path)
     raw, at = path.read_bytes(), 0
 
     def take(form, count=1):
