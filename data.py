@@ -209,7 +209,7 @@ class Images(torch.utils.data.Dataset):
 
 
 def loader(images, batch, args, train):
-    """DataLoader over `Images`; in training shuffled, an incomplete last batch dropped."""
+    """DataLoader over `Images`; in training shuffled, an incomplete last batch dropped; `batch` None gives single items."""
     if train and len(images) < batch:
         raise InputError(f"{len(images)} training images are fewer than a batch of {batch}: see --batch-size")
     gpu = args.device.type == "cuda"  # on the CPU the network takes all cores, and loading in turn is faster

@@ -521,8 +521,7 @@ def walk(args):
         return id, tensor(photo), classes, cams
 
     def jobs():
-        photos = torch.utils.data.DataLoader(data.Images(dataset, todo, item), batch_size=None,
-                                             num_workers=args.workers if args.device.type == "cuda" else 0)
+        photos = data.loader(data.Images(dataset, todo, item), None, args, train=False)
         for id, photo, classes, cams in photos:
             with data.autocast(args):
                 scores = walk_scores(net, photo.to(args.device), torch.as_tensor(cams).to(args.device),

@@ -162,8 +162,7 @@ def predict(args):
         return id, size, [tensor(p) for p in scaled]
 
     def jobs():
-        photos = torch.utils.data.DataLoader(data.Images(dataset, todo, item), batch_size=None,
-                                             num_workers=args.workers if args.device.type == "cuda" else 0)
+        photos = data.loader(data.Images(dataset, todo, item), None, args, train=False)
         for id, size, scaled in photos:
             with data.autocast(args):
                 scores = probabilities(net, [p.to(args.device) for p in scaled], size)
