@@ -22,8 +22,8 @@ from conformer import ARCHS, STRIDE, Conformer, init_attention
 PRESETS = {  # defaults that differ from the published VOC setting, which is that of the flags
     "voc": {},
     "coco": {"epochs": 10, "batch_size": 16},
-    "toy": {"arch": "nano", "from_scratch": True, "sharpness": 20.0, "epochs": 50, "lr": 1e-3, "crop": 128, "long_side": (128, 192),
-            "scales": (1.0, 1.5, 2.0), "plain": True},
+    "toy": {"arch": "nano", "from_scratch": True, "sharpness": 160.0, "epochs": 36, "batch_size": 16, "lr": 1e-3, "crop": 96,
+            "long_side": (96, 144), "scales": (1.0, 1.5, 2.0), "plain": True},
     "small": {"epochs": 1, "batch_size": 16, "lr": 2e-4, "crop": 128, "long_side": (112, 192), "scales": (1.0,), "plain": True},
 }
 HEADS = ("conv_cls_head", "trans_cls_head")
@@ -129,8 +129,9 @@ def build(args, num_labels):
     model = Conformer(args.arch, num_labels)
     fresh = list(model.state_dict())
     if args.pretrained:
-        state = data.read_weights(args.pretrained)
-        hint = f": Conformer_{args.arch}_patch16.pth fits" + ("" if args.partial else "; --partial takes a file that lacks tensors")
+        hint = f": Conformer_{args.arch}_patch16.pth fits" if args.arch != "nano" else ": no file is published for nano"
+        state = data.read_weights(args.pretrained, hint)
+        hint += "" if args.partial else "; --partial takes a file that lacks tensors"
         fresh = data.load_weights(model, state.get("model", state), args.pretrained, HEADS, args.partial, hint)
     for name, block in model.blocks():
         if args.sharpness and f"{name}.attn.qkv.weight" in fresh:
@@ -203,12 +204,13 @@ def cams(args):
     if stage.is_done(todo):
         return
     path = args.weights or args.out / "classifier.pth"
-    saved = data.read_weights(path)
+    hint = f": a TransCAM classifier on Conformer-{args.arch} fits" if args.weights else ""
+    saved = data.read_weights(path, hint)
     settings = vars(args) if args.weights else saved["settings"]
     model, state = Conformer(settings["arch"], len(dataset.classes)), saved.get("model", saved)
     # TransCAM's heads have an unused background class in row 0.
     state = {k: v[1:] if k.startswith(HEADS) and len(v) == dataset.num_classes else v for k, v in state.items()}
-    data.load_weights(model, state, path, hint=f": a TransCAM classifier on Conformer-{settings['arch']} fits")
+    data.load_weights(model, state, path, hint=hint)
     model = data.place(model, args).eval()
     labels = dict(zip(ids, dataset.labels(ids)))
     stage.start()

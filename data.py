@@ -531,18 +531,19 @@ def print_sha256(path):
     print(f"{path}: sha256 {digest.hexdigest()}")
 
 
-def read_weights(path, quiet=False):
-    """A .pth file without unpickling code; its sha256 is printed."""
+def read_weights(path, hint="", quiet=False):
+    """A .pth file without unpickling code; its sha256 is printed. `hint` ends the message of an error: the file that would fit."""
     if not Path(path).is_file():
-        raise InputError(f"no weight file {path}")
+        raise InputError(f"no weight file {path}{hint}")
     try:
         if not quiet:
             print_sha256(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a foreign file
-        raise InputError(f"{path} is no weight file that loads safely: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} is no weight file that loads safely: {reason}{hint}") from None
     if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}, not named tensors")
+        raise InputError(f"{path} holds a {type(state).__name__}, not named tensors{hint}")
     return state
 
 
@@ -553,7 +554,8 @@ def load_weights(model, state, path, heads=(), partial=False, hint=""):
     partial: the file may lack more than that. Returns the names left fresh.
     """
     own = {k: v for k, v in model.state_dict().items()}
-    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    state = state.items() if isinstance(state, dict) else ()
+    state = {k: v for k, v in state if isinstance(v, torch.Tensor) and not k.endswith("num_batches_tracked")}
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     fresh = [k for k in own if k not in fits and not k.endswith("num_batches_tracked")]
     wrong = [k for k in state if k not in fits and not k.startswith(tuple(heads))]
@@ -737,7 +739,7 @@ def check(args):
     print("no problems")
 
 
-# ---------------------------------------------------------------- toy set: animals with one shared body, told apart by their heads
+# ---------------------------------------------------------------- toy set: animals with one shared body, told apart by head and tail
 
 TOY_CLASSES = ("cat", "rabbit", "cow", "bear", "lion")
 SCENES = {  # in the order of the classes at home there: the colours of the far half (top, bottom) and of the ground, and the
@@ -755,19 +757,22 @@ SCENES = {  # in the order of the classes at home there: the colours of the far 
     "dunes": ((116, 196, 216), (196, 230, 224), (246, 216, 134), (226, 172, 84), [
         (8, False, "wave", 240, 40, ((204, 150, 74),)),
         (70, False, "oval", 6, 4, ((168, 136, 112), (150, 160, 90), (220, 204, 180)))])}
-FURS = ((222, 138, 66), (244, 226, 190), (168, 170, 178), (138, 88, 58), (98, 96, 112), (206, 158, 140))
-FUR, WHITE, INK, PINK, GOLD, RUST = None, (255, 252, 245), (44, 34, 38), (246, 142, 160), (250, 200, 60), (176, 62, 30)
+FURS = (  # of the body, whatever the class
+    (200, 150, 110), (228, 214, 190), (168, 170, 178), (150, 112, 92), (118, 116, 132), (206, 170, 160))
+COATS = {  # of head and tail
+    "cat": (238, 130, 40), "rabbit": (250, 244, 240), "cow": (60, 48, 52), "bear": (126, 70, 36), "lion": (246, 200, 84)}
+COAT, WHITE, INK, PINK, GOLD, RUST = None, (255, 252, 245), (44, 34, 38), (246, 142, 160), (250, 200, 60), (176, 62, 30)
 # What tells a class: marks behind the head, then on the face, each with its mirror image. The head's centre is (0, 0) and its
-# radius 20. Four numbers are an oval (centre, radii), a list of points is a polygon; FUR is the animal's own colour.
+# radius 20. Four numbers are an oval (centre, radii), a list of points is a polygon; COAT is that of the class.
 MARKS = {
-    "cat": ([([(-20, -4), (-19, -33), (-2, -16)], FUR), ([(-17, -9), (-16.5, -27), (-6, -16)], PINK)],
+    "cat": ([([(-20, -4), (-19, -33), (-2, -16)], COAT), ([(-17, -9), (-16.5, -27), (-6, -16)], PINK)],
             [((8, -3, 6, 6.5), (70, 190, 80)), ((8, -3, 2, 6), INK), ([(-4, 6), (4, 6), (0, 11)], PINK)]),
-    "rabbit": ([((9, -31, 7, 20), FUR), ((9, -30, 4, 16), PINK)],
+    "rabbit": ([((9, -31, 7, 20), COAT), ((9, -30, 4, 16), PINK)],
                [((7, 8, 8.5, 7.5), WHITE), ([(-3, 11), (3, 11), (3, 19), (-3, 19)], WHITE), ((8, -5, 3.5, 4.5), INK),
                 ((9, -6.5, 1.3, 1.3), WHITE), ((0, 3, 4, 3), PINK)]),
-    "cow": ([((22, -5, 8, 5), FUR), ([(6, -16), (17, -21), (19, -34), (27, -24), (24, -13), (14, -8)], WHITE)],
+    "cow": ([((22, -5, 8, 5), COAT), ([(6, -16), (17, -21), (19, -34), (27, -24), (24, -13), (14, -8)], WHITE)],
             [((0, 9, 17, 10), PINK), ((6, 9, 2.5, 3.5), (168, 70, 92)), ((8, -7, 4.5, 4.5), WHITE), ((8, -6.5, 2.7, 3), INK)]),
-    "bear": ([((15, -15, 9, 9), FUR), ((15, -15, 5.5, 5.5), INK)],
+    "bear": ([((15, -15, 9, 9), COAT), ((15, -15, 5.5, 5.5), INK)],
              [((9, -4, 7, 8), INK), ((8.5, -4, 3, 3), WHITE), ((0, 9, 10, 8), (250, 232, 196)), ((0, 5, 4.5, 3.2), INK)]),
     "lion": ([((20 * np.sin(a), -20 * np.cos(a), 7, 7), (GOLD, RUST)[i % 2]) for i, a in enumerate(np.linspace(0, np.pi, 9))],
              [((8, -5, 3.5, 4.5), INK), ((9, -6.5, 1.3, 1.3), WHITE), ((5, 9, 6, 5), GOLD), ([(-5, 3), (5, 3), (0, 9)], RUST)])}
@@ -795,32 +800,34 @@ def paint_fur(rng, size):
 def draw_animal(rng, name, extent):
     """An RGBA layer, cropped to the animal, whose longer side is `extent` pixels."""
     fur, colour = paint_fur(rng, 390)
+    coat = Image.new("RGB", fur.size, COATS[name])
     layer = Image.new("RGBA", fur.size, (*colour, 0))
     draw = ImageDraw.Draw(layer)
 
-    def part(x0, y0, x1, y1, light=1.0, corner=None):
-        """Paste what the fur shows in a round-cornered box (an oval without `corner`), lit from above, with a dark rim."""
+    def part(x0, y0, x1, y1, light=1.0, corner=None, skin=fur):
+        """Paste what the skin shows in a round-cornered box (an oval without `corner`), lit from above, with a dark rim."""
         shade = light * np.linspace(1.12, 0.78, y1 - y0)[:, None, None]
-        tile = Image.fromarray(np.minimum(np.asarray(fur.crop((x0, y0, x1, y1))) * shade, 255).astype(np.uint8))
+        tile = Image.fromarray(np.minimum(np.asarray(skin.crop((x0, y0, x1, y1))) * shade, 255).astype(np.uint8))
         mask, area = Image.new("L", tile.size), (0, 0, x1 - x0 - 1, y1 - y0 - 1)
         for image, fill, rim in ((mask, 255, 255), (tile, None, (84, 62, 58))):
             pen = ImageDraw.Draw(image)
             pen.rounded_rectangle(area, corner, fill, rim, 3) if corner else pen.ellipse(area, fill, rim, 3)
         layer.paste(tile, (x0, y0), mask)
 
-    draw.line([(320, 222), (350, 198), (358, 160)], colour, 18, joint="curve")  # the tail
-    for x, foot, light in ((144, 348, 0.8), (264, 348, 0.8), (108, 358, 1.0), (294, 358, 1.0)):  # the far legs, the near ones
-        part(x, 246, x + 42, foot, light, 18)
-    part(84, 162, 348, 312)
+    draw.line([(272, 240), (306, 214), (320, 188)], COATS[name], 24, joint="curve")  # the tail
+    part(284, 150, 348, 214, skin=coat)
+    for x, foot, light in ((148, 342, 0.8), (222, 342, 0.8), (116, 352, 1.0), (244, 352, 1.0)):  # the far legs, the near ones
+        part(x, 256, x + 42, foot, light, 18)
+    part(98, 190, 294, 320)
     for on_face, marks in enumerate(MARKS[name]):
         if on_face:
-            part(50, 116, 158, 224, 1.04)
+            part(46, 114, 178, 246, 1.04, skin=coat)
         for shape, fill in marks:
-            for unit in (-2.7, 2.7):  # pixels; the sign makes the mirror image
+            for unit in (-3.3, 3.3):  # pixels; the sign makes the mirror image
                 if isinstance(shape, list):
-                    draw.polygon([(int(104 + unit * x), int(170 + 2.7 * y)) for x, y in shape], fill or colour)
+                    draw.polygon([(int(112 + unit * x), int(180 + 3.3 * y)) for x, y in shape], fill or COATS[name])
                 else:
-                    oval(draw, 104 + unit * shape[0], 170 + 2.7 * shape[1], 2.7 * shape[2], 2.7 * shape[3], fill or colour)
+                    oval(draw, 112 + unit * shape[0], 180 + 3.3 * shape[1], 3.3 * shape[2], 3.3 * shape[3], fill or COATS[name])
     layer = layer.transpose(Image.FLIP_LEFT_RIGHT) if rng.rand() < 0.5 else layer
     layer = layer.rotate(float(rng.uniform(-9, 9)), Image.BILINEAR)
     layer = layer.crop(layer.getchannel("A").getbbox())
@@ -863,15 +870,16 @@ def draw_scene(rng, name, width, height):
 def toy_picture(rng):
     """One picture (RGB) and its mask: 0 background, 1..5 the class, 255 a void border around every outline."""
     width, height = rng.randint(160, 257, 2).tolist()
-    labels = rng.randint(1, 6, rng.choice([1, 2, 3], p=[0.3, 0.4, 0.3])).tolist()
-    home = labels[0] - 1 if rng.rand() < 0.45 else rng.randint(5)  # with the chance hits, at home in 56 % of the pictures
+    labels = rng.randint(1, 6, rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2])).tolist()
+    home = labels[0] - 1 if rng.rand() < 0.3 else rng.randint(5)  # with the chance hits, at home in 44 % of the pictures
     picture, horizon = draw_scene(rng, list(SCENES)[home], width, height)
-    extents = [int(np.clip(min(width, height) * rng.uniform(0.5, 0.8), 75, 140)) for _ in labels]
+    largest = (0.9, 0.8, 0.65)[len(labels) - 1] * min(width, height)
+    extents = [int(np.clip(largest * rng.uniform(0.7, 1), 80, 160)) for _ in labels]
     layers = [draw_animal(rng, TOY_CLASSES[label - 1], extent) for label, extent in zip(labels, extents)]
     shapes = [np.asarray(layer.getchannel("A")) > 127 for layer in layers]
-    for attempt in range(60):  # until nobody hides more than a little of anybody; now and then with one animal fewer
+    for attempt in range(150):  # until nobody hides more than a little of anybody; now and then with one animal fewer
         boxes = []
-        for h, w in (shape.shape for shape in shapes[:max(1, len(labels) - attempt // 20)]):
+        for h, w in (shape.shape for shape in shapes[:max(1, len(labels) - attempt // 50)]):
             x, y = rng.randint(0, width - w + 1), rng.randint(max(0, horizon + 8 - h), height - h + 1)
             boxes.append((int(x), int(y), int(x + w), int(y + h)))
         order = sorted(range(len(boxes)), key=lambda i: boxes[i][3])  # the nearest last
@@ -887,7 +895,7 @@ def toy_picture(rng):
         oval(ImageDraw.Draw(shadow), (x0 + x1) / 2, y1 - 4, (x1 - x0) * 0.44, (y1 - y0) * 0.06, 70)
         picture.paste((24, 24, 40), None, shadow)
         picture.paste(layers[i], (x0, y0), layers[i])
-    pixels = np.asarray(picture) * rng.uniform(0.92, 1.06, 3) + rng.normal(0, 5, (height, width, 3))
+    pixels = np.asarray(picture) * rng.uniform(0.92, 1.06, 3) + rng.normal(0, 2, (height, width, 3))
     mask, owner = np.array([0] + labels, np.uint8)[owner], Image.fromarray(owner)
     mask[np.asarray(owner.filter(ImageFilter.MaxFilter(3))) != np.asarray(owner.filter(ImageFilter.MinFilter(3)))] = 255
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), mask

@@ -25,10 +25,12 @@ import data
 PRESETS = {
     "voc": {},
     "coco": {},
-    "toy": {"from_scratch": True, "width": 8, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 4, "crop": 128, "log_steps": 5},
+    "toy": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 8, "crop": 96, "log_steps": 5,
+            "foreground": 0.5, "background": 0.15, "background_score": 0.3},
     "small": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 1, "crop": 128},
 }
 STRIDE = 8  # pixels of the photo one affinity feature stands for
+RESNET38 = "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"
 RADIUS = 5  # places within it are compared
 CRF_LABELS = {"gauss": (3, 3), "bilateral": (50, 5, 10), "steps": 10, "sure": 0.7}  # sxy, compat; sxy, srgb, compat
 
@@ -211,16 +213,18 @@ def make_backbone(args):
     backbone = ResNet38(args.width, args.dropout) if args.backbone == "resnet38" else ResNetStages(args.backbone)
     if args.from_scratch:
         return backbone
+    hint = f": torchvision's {args.backbone} on ImageNet fits"
     if args.backbone == "resnet38":
+        hint = f": {RESNET38}, or PSA's or SEAM's .pth, fits"
         if not args.resnet38:
             raise data.InputError(
-                "no weights: RESNET38=FILE (--resnet38) takes ilsvrc-cls_rna-a1_cls1000_ep-0001.params, the ResNet-38 of "
+                f"no weights: RESNET38=FILE (--resnet38) takes {RESNET38}, the ResNet-38 of "
                 "github.com/itijyou/ademxapp, or PSA's .pth of it; --backbone resnet50 uses torchvision's; "
                 "FROM_SCRATCH=1 (--from-scratch) starts without")
-        state, path = read_resnet38(args.resnet38), args.resnet38
+        state, path = read_resnet38(args.resnet38, hint), args.resnet38
     elif args.backbone_weights:
         path = args.backbone_weights
-        state = data.read_weights(path)
+        state = data.read_weights(path, hint)
         state = state.get("model", state)
     else:
         path = f"torchvision's {args.backbone}"
@@ -228,22 +232,21 @@ def make_backbone(args):
             state = torchvision.models.get_model(args.backbone, weights="IMAGENET1K_V1").state_dict()
         except OSError as error:
             raise data.InputError(f"cannot fetch {path} weights ({error}): give a file, --backbone-weights") from None
-    data.load_weights(backbone, {k: v for k, v in state.items() if not k.startswith("fc.")}, path)
+    data.load_weights(backbone, {k: v for k, v in state.items() if not k.startswith("fc.")}, path, hint=hint)
     return backbone
 
 
-def read_resnet38(path):
-    """ResNet-38's weights, from the MXNet file or a .pth of PSA or SEAM. -> name: tensor"""
+def read_resnet38(path, hint=""):
+    """ResNet-38's weights, from the MXNet file or a .pth of PSA or SEAM, less their heads. -> name: tensor"""
     if path.suffix != ".params":
-        state = data.read_weights(path)
         known = ResNet38(1).state_dict()
-        return {k: v for k, v in state.items() if k in known}
+        return {k: v for k, v in data.read_weights(path, hint).items() if k in known}
     out = {}
-    for name, array in read_mxnet(path).items():
-        kind, name = name.split(":", 1)
-        if name.startswith("linear1000"):
+    for name, array in read_mxnet(path, hint).items():
+        known = re.fullmatch(r"(?:arg|aux):(.+?)_(weight|bias|gamma|beta|moving_mean|moving_var)", name)
+        layer, what = known.groups() if known else (name, "unknown")  # then loading names it
+        if layer == "linear1000":
             continue
-        layer, what = re.fullmatch(r"(.+?)_(weight|gamma|beta|moving_mean|moving_var)", name).groups()
         what = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_var": "running_var"}.get(what, what)
         inner = re.fullmatch(r"(res|bn)(\d)([a-z]?)(\d*)_(branch.+)", layer)
         if inner:  # res4b2_branch2a -> b4_2.conv_branch2a
@@ -254,10 +257,10 @@ def read_resnet38(path):
     return out
 
 
-def read_mxnet(path):
+def read_mxnet(path, hint=""):
     """Arrays of an MXNet .params file in any of its three on-disk forms, numpy only. -> name: float32 array"""
     if not path.is_file():
-        raise data.InputError(f"no weight file {path}")
+        raise data.InputError(f"no weight file {path}{hint}")
     data.print_sha256(path)
     raw, at = path.read_bytes(), 0
 
@@ -299,7 +302,7 @@ def read_mxnet(path):
         if len(names) != len(arrays):
             raise ValueError(f"{len(arrays)} arrays, {len(names)} names")
     except ValueError as error:
-        raise data.InputError(f"{path} cannot be read as MXNet weights: {error}") from None
+        raise data.InputError(f"{path} cannot be read as MXNet weights: {error}{hint}") from None
     return dict(zip(names, arrays))
 
 
@@ -540,7 +543,7 @@ def add_network_flags(parser):
     parser.add_argument("--resnet38", type=Path, help="its ImageNet weights: MXNet's .params, or PSA's .pth")
     parser.add_argument("--backbone-weights", type=Path, help="file for resnet50 or resnet101 (default: torchvision's)")
     parser.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False, help="start without weights")
-    parser.add_argument("--dropout", type=float, default=1.0, help="factor on ResNet-38's dropout rates 0.3 and 0.5")
+    parser.add_argument("--dropout", type=float, default=1.0, help="factor on the published dropout rates")
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="adamw is ours, for trainings from scratch")
     parser.add_argument("--crop", type=int, default=448, help="side of the square crops, pixels")
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="on weights, not on biases")

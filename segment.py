@@ -20,7 +20,7 @@ PRESETS = {
     "voc": {},
     "coco": {},
     "toy": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1000, "batch_size": 8,
-            "crop": 128, "scale_range": (0.5, 0.8), "scales": (0.5, 0.65, 0.8)},
+            "crop": 96, "scale_range": (0.4, 0.6), "scales": (0.4, 0.5, 0.6)},
     "small": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1500, "batch_size": 8,
               "crop": 128, "scale_range": (0.4, 0.8), "scales": (0.4, 0.6, 0.8)},
 }
@@ -36,7 +36,7 @@ class DeepLab(nn.Module):
     backbone keeps its statistics, the two new ones train as usual) or "trained" (for a backbone without weights).
     """
 
-    def __init__(self, backbone, num_classes, batch_norm="published"):
+    def __init__(self, backbone, num_classes, batch_norm="published", dropout=1.0):
         super().__init__()
         self.backbone, self.batch_norm = backbone, batch_norm
         width = backbone.channels[0]  # 512
@@ -44,7 +44,7 @@ class DeepLab(nn.Module):
         self.bn_fov = nn.BatchNorm2d(width)
         self.conv_fov2 = nn.Conv2d(width, width, 1, bias=False)
         self.bn_fov2 = nn.BatchNorm2d(width)
-        self.dropout = nn.Dropout(0.5)
+        self.dropout = nn.Dropout(0.5 * dropout)
         self.cls_conv = nn.Conv2d(width, num_classes, 1)
         for conv in (self.conv_fov, self.conv_fov2, self.cls_conv):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -110,7 +110,7 @@ def train(args):
     if stage.is_done():
         return
     batch_norm = "trained" if args.from_scratch else "frozen" if args.freeze_bn else "published"
-    net = place(DeepLab(make_backbone(args), dataset.num_classes, batch_norm), args)
+    net = place(DeepLab(make_backbone(args), dataset.num_classes, batch_norm, args.dropout), args)
     stage.start()
     optimizer = make_optimizer(args, net, NEW, momentum=0.9)
     data.fit(stage, net, optimizer, batches, lambda photos, y: segmentation_loss(net(photos), y),

@@ -32,6 +32,49 @@ def test_conformer_has_the_published_names_and_shapes(arch):
     assert shapes == json.loads((GOLDEN / f"conformer_{arch}_keys.json").read_text())
 
 
+def pretrained(path, arch, partial=False):
+    args = argparse.Namespace(pretrained=path, from_scratch=False, arch=arch, partial=partial, sharpness=60.0, device=torch.device("cpu"))
+    return bnr.build(args, 20)
+
+
+@pytest.fixture(scope="module")
+def imagenet():
+    """What the ImageNet file of Conformer-Ti holds: the names of TransCAM's, but two linear heads of 1,000 classes."""
+    state = Conformer("tiny", 20).state_dict()
+    for head, width in (("trans_cls_head", 384), ("conv_cls_head", 256)):
+        state.update({f"{head}.weight": torch.zeros(1000, width), f"{head}.bias": torch.zeros(1000)})
+    return state
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state, "epoch": 3}])
+def test_an_imagenet_file_loads_but_for_its_heads_which_are_named(imagenet, tmp_path, capsys, wrap):
+    torch.save(wrap(imagenet), tmp_path / "Conformer_tiny_patch16.pth")
+    model = pretrained(tmp_path / "Conformer_tiny_patch16.pth", "tiny")
+    own = model.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in imagenet.items() if not k.startswith(bnr.HEADS))
+    assert "fresh: trans_cls_head (2), conv_cls_head (2)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage, arch, says", [
+    ("patch 32", "tiny", r"trans_patch_conv.weight \(file \(384, 64, 8, 8\), network \(384, 64, 4, 4\)\): Conformer_tiny_patch16.pth fits"),
+    ("other arch", "base", r"does not fit: .*cls_token \(file \(1, 1, 384\), network \(1, 1, 576\)\): Conformer_base_patch16.pth fits"),
+    ("truncated", "tiny", "is no weight file that loads safely: .*Conformer_tiny_patch16.pth fits"),
+    ("foreign", "tiny", "is no weight file that loads safely: .*Conformer_tiny_patch16.pth fits"),
+    ("list", "tiny", "holds a list, not named tensors: Conformer_tiny_patch16.pth fits"),
+    ("lacking", "tiny", "Conformer_tiny_patch16.pth fits; --partial takes a file that lacks tensors"),
+    ("no tensors", "tiny", "does not fit: .*Conformer_tiny_patch16.pth fits")])
+def test_a_wrong_file_is_named_with_the_one_that_fits(imagenet, tmp_path, damage, arch, says):
+    path = tmp_path / "w.pth"
+    torch.save({"patch 32": {**imagenet, "trans_patch_conv.weight": torch.zeros(384, 64, 8, 8)}, "list": [1, 2],
+                "lacking": {k: v for k, v in imagenet.items() if "trans_block" not in k},
+                "no tensors": {"epoch": 3, "args": {"lr": 1.0}}, "foreign": {"model": argparse.ArgumentParser}}.get(damage, imagenet), path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(data.InputError, match=says) as raised:
+        pretrained(path, arch)
+    assert "\n" not in str(raised.value)
+
+
 def test_conformer_has_the_published_constants():
     model = Conformer("small", 20)
     for name, module in model.named_modules():

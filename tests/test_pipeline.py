@@ -25,7 +25,7 @@ def done(toy, tmp_path_factory):
     where, said = ("--data", toy, "--out", out, *SMALL), {}
     said["train"] = run_process("bnr.py", "train", *where, *CLASSIFIER)
     said["cams"] = run_process("bnr.py", "cams", *where)
-    said["labels"] = run_process("psa.py", "labels", "--data", toy, "--out", out, "--device", "cpu", "--workers", 2)
+    said["labels"] = run_process("psa.py", "labels", "--preset", "toy", "--data", toy, "--out", out, "--device", "cpu", "--workers", 2)
     said["affinity"] = run_process("psa.py", "train", *where, *AFFINITY)
     said["walk"] = run_process("psa.py", "walk", *where)
     said["segmenter"] = run_process("segment.py", "train", *where, *SEGMENTER)
@@ -64,7 +64,7 @@ def test_table_has_a_row_a_stage_and_the_json_the_same_numbers(done):
         assert f"{row['miou']:.2f}" in said["eval"] and len(row["iou"]) == 6
         assert row["miou"] == pytest.approx(100 * np.nanmean(row["iou"]))
         assert row["n"] == (8 if row["split"] == "val" else 24)
-    assert "0.60/0.25" in said["eval"] and "bg 0.42" in said["eval"] and "looking at the masks" in said["eval"]
+    assert "0.50/0.15" in said["eval"] and "bg 0.30" in said["eval"] and "looking at the masks" in said["eval"]
     assert "% of pixels that are labelled" in said["eval"]
 
 

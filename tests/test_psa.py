@@ -1,11 +1,14 @@
 """Dense CRF, affinities, random walk, ResNet-38, and the segmenter built on it."""
+import argparse
 import json
 import struct
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import GOLDEN
 from PIL import Image
 from pydensecrf.densecrf import DenseCRF2D
@@ -196,6 +199,47 @@ def test_damaged_mxnet_files_end_in_a_clear_error(tmp_path, name, damage):
     (tmp_path / "w.params").write_bytes(raw)
     with pytest.raises(data.InputError, match="w.params cannot be read as MXNet weights"):
         psa.read_resnet38(tmp_path / "w.params")
+
+
+def flags(**given):
+    return argparse.Namespace(**{"backbone": "resnet38", "width": 1, "dropout": 1.0, "from_scratch": False, "resnet38": None,
+                                 "backbone_weights": None, **given})
+
+
+def test_psas_pth_of_resnet38_loads_without_its_heads(tmp_path):
+    state = psa.ResNet38(1).state_dict()
+    torch.save({**state, "fc8.weight": torch.ones(20, 64, 1, 1), "f9.weight": torch.ones(7, 7, 1, 1)}, tmp_path / "res38.pth")
+    loaded = psa.make_backbone(flags(resnet38=tmp_path / "res38.pth")).state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[k], state[k]) for k in state)
+
+
+def test_torchvisions_weights_come_from_a_file_or_the_network(tmp_path, monkeypatch):
+    full = torchvision.models.resnet50(weights=None)
+    torch.save(full.state_dict(), tmp_path / "r50.pth")
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: full)
+    for given in ({"backbone_weights": tmp_path / "r50.pth"}, {}):
+        backbone = psa.make_backbone(flags(backbone="resnet50", **given))
+        assert torch.equal(backbone.layer4[2].conv3.weight, full.layer4[2].conv3.weight)
+
+    def offline(name, weights):
+        raise URLError("no route")
+    monkeypatch.setattr(torchvision.models, "get_model", offline)
+    with pytest.raises(data.InputError, match="cannot fetch torchvision's resnet50 weights .*no route.*--backbone-weights"):
+        psa.make_backbone(flags(backbone="resnet50"))
+
+
+@pytest.mark.parametrize("given, says", [
+    ({"resnet38": "cut.params"}, "cut.params cannot be read as MXNet weights: .*: ilsvrc.*fits"),
+    ({"resnet38": "wide.pth"}, "wide.pth does not fit: .*conv1a.weight .file .2, 3, 3, 3., network .1, 3, 3, 3..: ilsvrc.*fits"),
+    ({"resnet38": "absent.pth"}, "no weight file .*absent.pth: ilsvrc.*fits"),
+    ({"backbone": "resnet50", "backbone_weights": "wide.pth"}, "wide.pth does not fit: .*torchvision's resnet50 .*fits"),
+    ({"backbone": "resnet50", "backbone_weights": "cut.params"}, "cut.params is no weight file that loads safely: .*resnet50 .*fits")])
+def test_a_wrong_backbone_file_is_named_with_the_one_that_fits(tmp_path, given, says):
+    (tmp_path / "cut.params").write_bytes((GOLDEN / "resnet38_div64.params").read_bytes()[:5000])
+    torch.save(psa.ResNet38(2).state_dict(), tmp_path / "wide.pth")
+    given = {k: tmp_path / v if "." in v else v for k, v in given.items()}
+    with pytest.raises(data.InputError, match=says):
+        psa.make_backbone(flags(**given))
 
 
 def test_segmentation_loss_ignores_void():
