@@ -222,18 +222,25 @@ def make_backbone(args):
                 "github.com/itijyou/ademxapp, or PSA's .pth of it; --backbone resnet50 uses torchvision's; "
                 "FROM_SCRATCH=1 (--from-scratch) starts without")
         state, path = read_resnet38(args.resnet38, hint), args.resnet38
-    elif args.backbone_weights:
-        path = args.backbone_weights
+    else:
+        path = args.backbone_weights or fetch(args.backbone)
         state = data.read_weights(path, hint)
         state = state.get("model", state)
-    else:
-        path = f"torchvision's {args.backbone}"
-        try:
-            state = torchvision.models.get_model(args.backbone, weights="IMAGENET1K_V1").state_dict()
-        except OSError as error:
-            raise data.InputError(f"cannot fetch {path} weights ({error}): give a file, --backbone-weights") from None
     data.load_weights(backbone, {k: v for k, v in state.items() if not k.startswith("fc.")}, path, hint=hint)
     return backbone
+
+
+def fetch(name):
+    """torchvision's ImageNet weights of a backbone -> the file in torch's cache, downloaded where it is not there"""
+    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, path, hash_prefix=path.stem.rsplit("-", 1)[1])
+        except (OSError, RuntimeError) as error:  # no network, or not the file that its name promises
+            raise data.InputError(f"cannot fetch {url} ({error}): give a file, --backbone-weights") from None
+    return path
 
 
 def read_resnet38(path, hint=""):

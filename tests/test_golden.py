@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import GOLDEN, drawn_image, largest_difference, rebuilt
+from conftest import GOLDEN, drawn_image, largest_difference, rebuilt, run
 from PIL import Image
-from torchvision.transforms import v2
 
 import bnr
 import data
@@ -118,13 +117,19 @@ def test_maps_losses_and_gradients_equal_the_published(small, case, n, side):
     assert norms == pytest.approx(golden[f"{case}_grad_norms"].tolist(), rel=1e-3)
 
 
-def test_exported_seeds_equal_the_published(small):
+def test_exported_seeds_equal_the_published(tmp_path):
     golden = np.load(GOLDEN / "export.npz")
-    photo = Image.fromarray(golden["0_image"])
-    images = [data.to_tensor()(v2.functional.resize(photo, [s, s], v2.InterpolationMode.BICUBIC))[None] for s in golden["sizes"].tolist()]
-    maps = bnr.export(small, images, argparse.Namespace(amp=False, device=torch.device("cpu"), plain=False))
-    seeds = data.combine_scales([m[0, golden["0_keys"]] for m in maps["refined"]], photo.size[::-1])
-    assert np.abs(seeds.numpy() - golden["0_cam"]).max() < 1e-3
+    for folder in ("JPEGImages", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    Image.fromarray(golden["0_image"]).save(tmp_path / "JPEGImages/x.jpg", format="PNG")  # lossless; read by content
+    (tmp_path / "ImageSets/Segmentation/train_aug.txt").write_text("x\n")
+    (tmp_path / "labels.txt").write_text(" ".join(["x"] + [data.VOC_CLASSES[k] for k in golden["0_keys"]]))
+    torch.save(rebuilt("conformer_small"), tmp_path / "transcam.pth")  # with the background row of the published heads
+    assert golden["sizes"].tolist() == [128, 256, 384]
+    run("bnr.py", "cams", "--data", tmp_path, "--out", tmp_path / "out", "--device", "cpu", "--weights", tmp_path / "transcam.pth", "--crop", 256)
+    classes, seeds = data.read_seeds(tmp_path / "out/cams/x.npz")
+    assert classes.tolist() == (golden["0_keys"] + 1).tolist()
+    assert np.abs(seeds - golden["0_cam"]).max() < 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -214,18 +214,19 @@ def test_psas_pth_of_resnet38_loads_without_its_heads(tmp_path):
 
 
 def test_torchvisions_weights_come_from_a_file_or_the_network(tmp_path, monkeypatch):
-    full = torchvision.models.resnet50(weights=None)
-    torch.save(full.state_dict(), tmp_path / "r50.pth")
-    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: full)
+    state = torchvision.models.resnet50(weights=None).state_dict()
+    torch.save(state, tmp_path / "r50.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, hash_prefix: torch.save(state, path))
     for given in ({"backbone_weights": tmp_path / "r50.pth"}, {}):
         backbone = psa.make_backbone(flags(backbone="resnet50", **given))
-        assert torch.equal(backbone.layer4[2].conv3.weight, full.layer4[2].conv3.weight)
+        assert torch.equal(backbone.layer4[2].conv3.weight, state["layer4.2.conv3.weight"])
 
-    def offline(name, weights):
+    def offline(url, path, hash_prefix):
         raise URLError("no route")
-    monkeypatch.setattr(torchvision.models, "get_model", offline)
-    with pytest.raises(data.InputError, match="cannot fetch torchvision's resnet50 weights .*no route.*--backbone-weights"):
-        psa.make_backbone(flags(backbone="resnet50"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(data.InputError, match="cannot fetch https://.*resnet101.*no route.*--backbone-weights"):
+        psa.make_backbone(flags(backbone="resnet101"))
 
 
 @pytest.mark.parametrize("given, says", [
