@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
-from torchvision.utils import draw_segmentation_masks, make_grid, save_image
+from torchvision.utils import make_grid, save_image
 
 import data
 from conformer import ARCHS, STRIDE, Conformer, init_attention
@@ -147,7 +147,7 @@ def train(args):
     if args.crop % STRIDE:
         raise data.InputError(f"--crop {args.crop} is no multiple of {STRIDE}")
     prepare = augment(args)
-    batches = data.loader(data.Images(dataset, ids, lambda id, image: (prepare(image), labels[id])), args.batch_size, args, True)
+    batches = data.loader(data.Images(dataset.image, ids, lambda id, image: (prepare(image), labels[id])), args.batch_size, args, True)
     stage = data.Stage(args, "classifier")
     if stage.is_done():
         return
@@ -168,7 +168,7 @@ def evaluate(model, dataset, args):
     labels, scores = dataset.labels(ids), []
     prepare = v2.Compose([v2.Resize((args.crop, args.crop), v2.InterpolationMode.BICUBIC), data.to_tensor()])
     model.eval()
-    for images in data.loader(data.Images(dataset, ids, lambda id, image: prepare(image)), args.batch_size, args, False):
+    for images in data.loader(data.Images(dataset.image, ids, lambda id, image: prepare(image)), args.batch_size, args, False):
         with data.autocast(args):
             scores.append(forward(model, images.to(args.device))[1].cpu())
     result = data.mean_average_precision(torch.cat(scores), labels)
@@ -222,7 +222,7 @@ def cams(args):
         return id, image.size[::-1], [data.to_tensor()(s) for s in scaled]
 
     with data.tqdm(total=len(ids), initial=len(ids) - len(todo), desc="cams", unit="img") as bar:
-        for names, shapes, images in data.loader(data.Images(dataset, todo, item), args.batch_size, args, False):
+        for names, shapes, images in data.loader(data.Images(dataset.image, todo, item), args.batch_size, args, False):
             maps = export(model, [x.to(args.device) for x in images], args)
             for n, id in enumerate(names):
                 own = labels[id].nonzero()[:, 0]
@@ -249,18 +249,14 @@ def show(args):
     dataset, out = data.DataSet(args.data), args.out
     data.read_record(out, "cams")
     colours, rows, side = torch.from_numpy(data.palette()), [], args.height
-    for id in (args.ids or dataset.ids("train"))[:args.first]:
+    for id in (args.ids or dataset.ids("train", required=False) or dataset.ids("train_aug"))[:args.first]:
         photo = v2.functional.pil_to_tensor(data.read_image(dataset.image(id)))
         panels = [photo]
 
         def labelled(path):
             if not path.is_file():
                 return torch.full_like(photo, 255)  # a stage that has not run, or not on this photo, stays white
-            mask = torch.from_numpy(data.read_mask(path)).long()
-            named = [c for c in range(1, 256) if (mask == c).any()]
-            if not named:
-                return photo
-            return draw_segmentation_masks(photo, torch.stack([mask == c for c in named]), 0.75, [tuple(colours[c].tolist()) for c in named])
+            return data.overlay(photo, data.read_mask(path))
 
         panels.append(labelled(dataset.mask(id)))
         for name in ("plain", "refined"):
@@ -332,7 +328,7 @@ def main():
         parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=False, help="export plain CAMs (M) too")
     both[ablation].set_defaults(flags={f.__name__: list(vars(both[f].parse_args([]))) for f in (train, cams)})
     both[ablation].add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="one run of each row a seed")
-    both[show].add_argument("--ids", nargs="+", help="photos to draw (default: train)")
+    both[show].add_argument("--ids", nargs="+", help="photos to draw (default: train, or train_aug without it)")
     both[show].add_argument("--first", type=int, default=4, help="only so many of them")
     both[show].add_argument("--height", type=int, default=120, help="of a row, pixels")
     commands.run()

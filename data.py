@@ -3,13 +3,16 @@
     python data.py toy                          draws the toy set into data/toy
     python data.py check --data DIR             counts, and what would break a stage
     python data.py eval  --data DIR --out OUT   scores every stage found in OUT, writes OUT/results.json
+    python data.py eval  --masks DIR            scores anybody's index PNGs; --seeds DIR class maps
     python data.py mean  OUT [OUT ...]          mean and standard deviation over runs (seeds)
+    python data.py export --out OUT --to DIR    our seeds as DIR/ID/CLASS.npy, float32 (H, W) in [0, 1]
 
 A data set is a folder in PASCAL VOC layout: JPEGImages/ID.jpg, SegmentationClass/ID.png (for scoring only),
 ImageSets/Segmentation/{train_aug,train,val}.txt, classes.txt (optional, VOC's 20 names otherwise), image labels
-from labels.txt ("ID name name ...") or else from Annotations/ID.xml.
+from labels.txt ("ID name name ...") or else from Annotations/ID.xml. Or any folder of photos with a labels.txt.
 """
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -26,13 +29,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.utils import draw_segmentation_masks, make_grid, save_image
 from tqdm import tqdm
 
 VOID = 255  # mask value that never counts
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of RGB in [0, 1]
 MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
+PHOTOS = (".jpg", ".jpeg", ".png", ".webp")  # endings, in either case
 THRESHOLDS = np.arange(60, dtype=np.float32) / 100  # of the seeds: 0.00 ... 0.59
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                "pottedplant sheep sofa train tvmonitor").split()
@@ -49,17 +54,25 @@ class InputError(Exception):
 # ---------------------------------------------------------------- data set
 
 class DataSet:
-    """A folder in VOC layout. Class 0 is background; `classes` names the K foreground classes 1..K."""
+    """A folder in VOC layout, or one of photos with a labels.txt, whose lines then are train_aug and name the classes.
+
+    Class 0 is background; `classes` names the K foreground classes 1..K. An id is a photo's path below the folder, less its ending.
+    """
 
     def __init__(self, root):
         self.root = Path(root)
-        if not (self.root / "JPEGImages").is_dir():
-            raise InputError(f'{self.root} is no data set in VOC layout: it has no JPEGImages'
+        voc, labels, names = self.root / "JPEGImages", self.root / "labels.txt", self.root / "classes.txt"
+        if not (voc.is_dir() or labels.is_file()):
+            raise InputError(f'{self.root} is no data set: it has neither JPEGImages nor, beside photos, a labels.txt'
                              f' (the toy set is drawn by "python data.py toy")')
-        names = self.root / "classes.txt"
-        self.classes = names.read_text().split() if names.is_file() else VOC_CLASSES
+        self.photos = voc if voc.is_dir() else self.root
+        lines = [line.split() for line in labels.read_text().splitlines() if line.strip()] if labels.is_file() else []
+        self._labels = {photo_id(words[0]): words[1:] for words in lines}
+        if names.is_file():
+            self.classes = names.read_text().split()
+        else:
+            self.classes = VOC_CLASSES if voc.is_dir() else sorted(set().union(*self._labels.values()))
         self.num_classes = 1 + len(self.classes)
-        self._labels = None
 
     def ids(self, split, required=True):
         """Ids of a list in ImageSets/Segmentation. Lines are "ID" or "/JPEGImages/ID.jpg /.../ID.png"."""
@@ -67,14 +80,14 @@ class DataSet:
         names = [split] + (["trainaug"] if split == "train_aug" else [])
         path = next((p for p in (folder / f"{n}.txt" for n in names) if p.is_file()), None)
         if path is None:
-            if required:
+            if self.photos == self.root and split == "train_aug":
+                path, ids = self.root / "labels.txt", list(self._labels)
+            elif required:
                 raise InputError(f"{folder} has no {split}.txt: one image id a line")
-            return []
-        ids = []
-        for line in path.read_text().split("\n"):
-            if line.strip():
-                name = line.split()[0].rsplit("/", 1)[-1]
-                ids.append(name[:-4] if name.lower().endswith((".jpg", ".png")) else name)
+            else:
+                return []
+        else:
+            ids = [photo_id(line.split()[0]) for line in path.read_text().split("\n") if line.strip()]
         if len(set(ids)) < len(ids):
             twice = next(i for n, i in enumerate(ids) if i in ids[:n])
             raise InputError(f"{path} names {len(ids) - len(set(ids))} ids twice, first {twice}")
@@ -82,7 +95,19 @@ class DataSet:
         return ids
 
     def image(self, id):
-        return self.root / "JPEGImages" / f"{id}.jpg"
+        path = self.photos / f"{id}.jpg"
+        return path if path.is_file() else self.endings.get(id, path)
+
+    @functools.cached_property
+    def endings(self):
+        """Every photo of the folder, links followed. -> id: path"""
+        found = {}
+        for path in find_photos(self.photos):
+            id = photo_id(path.relative_to(self.photos).as_posix())
+            if id in found:
+                raise InputError(f"two photos have the id {id}: {found[id]} and {path}")
+            found[id] = path
+        return found
 
     def mask(self, id):
         return self.root / "SegmentationClass" / f"{id}.png"
@@ -99,10 +124,6 @@ class DataSet:
         return out
 
     def _names(self, id):
-        if self._labels is None:
-            path = self.root / "labels.txt"
-            lines = path.read_text().splitlines() if path.is_file() else []
-            self._labels = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
         if id not in self._labels:
             path = self.root / "Annotations" / f"{id}.xml"
             try:
@@ -113,6 +134,19 @@ class DataSet:
         return self._labels[id]
 
 
+def photo_id(name):
+    """"/JPEGImages/ID.jpg" or "ID.jpg" or "ID"  ->  "ID" """
+    name = name.split("JPEGImages/")[-1].lstrip("/")
+    stem, _, ending = name.rpartition(".")
+    return stem if f".{ending.lower()}" in PHOTOS else name
+
+
+def find_photos(folder):
+    """Paths of all photos below a folder, in order."""
+    return sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names
+                  if name.lower().endswith(PHOTOS) and not name.startswith("."))
+
+
 def require(paths):
     """Raise InputError unless all files exist."""
     missing = [p for p in paths if not p.is_file()]
@@ -121,22 +155,39 @@ def require(paths):
 
 
 def read_image(path):
-    """An image file of any mode -> PIL RGB."""
+    """An image file of any mode -> PIL RGB, turned as its EXIF entry says."""
     try:
-        return Image.open(path).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut, not scale
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error}") from None
 
 
 def read_mask(path):
-    """An index PNG -> uint8 (H, W)."""
+    """An index PNG -> uint8 (H, W). Colours of PASCAL VOC's palette become their index, with a line saying so."""
     try:
         mask = Image.open(path)
-        if mask.mode not in ("P", "L"):
-            raise InputError(f"{path} is no index PNG (8-bit palette or grey) but {mask.mode}")
-        return np.array(mask)
+        mode, values = mask.mode, np.array(mask)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error}") from None
+    if mode in ("RGB", "RGBA"):
+        note(f"masks in {path.parent} are in colours, read as PASCAL VOC's palette")
+        table, code = np.full(1 << 24, -1, np.int16), np.array([1 << 16, 1 << 8, 1])
+        table[palette() @ code] = np.arange(256)
+        values = table[values[..., :3] @ code]
+        if values.min() < 0:
+            raise InputError(f"{path} has colours that are not of PASCAL VOC's palette")
+    elif mode not in ("P", "L") and not mode.startswith("I") or values.max() > 255:
+        raise InputError(f"{path} is no index PNG (palette or grey, values up to 255) but {mode}")
+    return values.astype(np.uint8)
+
+
+@functools.lru_cache
+def note(line):
+    """Print a line the first time it is said."""
+    print(line, flush=True)
 
 
 def palette():
@@ -153,6 +204,15 @@ def write_mask(path, mask):
     image = Image.fromarray(mask.astype(np.uint8))
     image.putpalette(palette().tobytes())
     write(path, lambda file: image.save(file, format="PNG"))
+
+
+def overlay(photo, mask, strength=0.75):
+    """The photo with each class in its colour. photo: uint8 (3, H, W), mask: uint8 (H, W)  ->  uint8 (3, H, W)"""
+    named = [c for c in np.unique(mask).tolist() if 0 < c < VOID]
+    if not named:
+        return photo
+    chosen = torch.stack([torch.from_numpy(mask == c) for c in named])
+    return draw_segmentation_masks(photo, chosen, strength, [tuple(palette()[c].tolist()) for c in named])
 
 
 def write(path, save):
@@ -195,17 +255,17 @@ def to_tensor():
 
 
 class Images(torch.utils.data.Dataset):
-    """`item(id, PIL image)` for each id of a data set, in the loader's workers."""
+    """`item(id, PIL image)` for each id, in the loader's workers. `path(id)` is the photo's file."""
 
-    def __init__(self, dataset, ids, item):
-        self.dataset, self.ids, self.item = dataset, ids, item
+    def __init__(self, path, ids, item):
+        self.path, self.ids, self.item = path, ids, item
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, index):
         id = self.ids[index]
-        return self.item(id, read_image(self.dataset.image(id)))
+        return self.item(id, read_image(self.path(id)))
 
 
 def loader(images, batch, args, train):
@@ -257,6 +317,37 @@ def read_seeds(path, name="refined"):
             return file["classes"], combine_scales(maps, tuple(file["size"].tolist())).numpy()
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise InputError(f'cannot read {name} seeds from {path}: {error}: run "make cams"') from None
+
+
+def read_any_seeds(dataset, folder, id, name="refined"):
+    """Our FOLDER/ID.npz, or FOLDER/ID/CLASS.npy of anybody, each (H, W). -> as `read_seeds`"""
+    if (folder / f"{id}.npz").is_file():
+        return read_seeds(folder / f"{id}.npz", name)
+    if (folder / f"{id}.npy").is_file():
+        raise InputError(f"{folder / id}.npy is a pickle, which can run any code when read. Of files that you trust make DIR/ID/CLASS.npy: "
+                         "for id in ids: for k, m in numpy.load(f'{id}.npy', allow_pickle=True).item().items(): "
+                         "numpy.save(f'DIR/{id}/{classes[k]}.npy', m)")
+    paths = [folder / id / f"{c}.npy" for c in dataset.classes]
+    have = [n for n, path in enumerate(paths) if path.is_file()]
+    if not (folder / id).is_dir() or len(have) < len(list((folder / id).glob("*.npy"))):
+        raise InputError(f"no class maps of {id} in {folder}: neither {id}.npz nor {id}/CLASS.npy of the classes of {dataset.root}")
+    try:
+        maps = [np.load(paths[n], allow_pickle=False).astype(np.float32) for n in have]
+        return np.array(have, np.int64) + 1, np.stack(maps) if maps else np.zeros((0, 1, 1), np.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {folder / id}: {error}") from None
+
+
+def export(args):
+    """Write the seeds of every photo as DIR/ID/CLASS.npy, for other people's code."""
+    dataset = DataSet(args.data)
+    read_record(args.out, "cams")
+    for path in tqdm(sorted((args.out / "cams").rglob("*.npz")), unit="img"):
+        classes, maps = read_seeds(path)
+        folder = args.to / path.relative_to(args.out / "cams").with_suffix("")
+        folder.mkdir(parents=True, exist_ok=True)
+        for c, one in zip(classes, maps):
+            write(folder / f"{dataset.classes[c - 1]}.npy", lambda file: np.save(file, one))
 
 
 def hard_threshold(classes, cams, threshold):
@@ -577,39 +668,40 @@ def load_weights(model, state, path, heads=(), partial=False, hint=""):
 
 # ---------------------------------------------------------------- evaluation
 
-def _read_pair(mask_path, path, num_classes):
-    mask = read_mask(mask_path)
+def _read_mask_of(dataset, id):
+    mask = read_mask(dataset.mask(id))
     worst = int(mask[mask != VOID].max(initial=0))
-    if worst >= num_classes:
-        raise InputError(f"{mask_path} has value {worst}, but there are {num_classes} classes with background")
-    if not path.is_file():
-        raise InputError(f"no prediction {path}")
+    if worst >= dataset.num_classes:
+        raise InputError(f"{dataset.mask(id)} has value {worst}, but there are {dataset.num_classes} classes with background")
     return mask
 
 
-def _score_seeds(mask_path, path, num_classes, name):
-    mask = _read_pair(mask_path, path, num_classes)
-    classes, cams = read_seeds(path, name)
-    if cams.shape[1:] != mask.shape:
-        raise InputError(f"{path} is of a photo of {cams.shape[1:]}, its mask of {mask.shape}")
-    return confusion_over_thresholds(mask, classes, cams, num_classes), 0, 0
+def _score_seeds(dataset, folder, id, name):
+    mask = _read_mask_of(dataset, id)
+    classes, cams = read_any_seeds(dataset, folder, id, name)
+    if len(classes) and cams.shape[1:] != mask.shape:
+        raise InputError(f"the class maps of {id} in {folder} are {cams.shape[1:]}, its mask {mask.shape}")
+    return confusion_over_thresholds(mask, classes, cams, dataset.num_classes), 0, 0
 
 
-def _score_mask(mask_path, path, num_classes):
-    mask, prediction = _read_pair(mask_path, path, num_classes), read_mask(path)
+def _score_mask(dataset, folder, id):
+    path, mask = folder / f"{id}.png", _read_mask_of(dataset, id)
+    if not path.is_file():
+        raise InputError(f"no prediction {path}")
+    prediction = read_mask(path)
     if prediction.shape != mask.shape:
         raise InputError(f"{path} is {prediction.shape}, its mask {mask.shape}")
-    if prediction[prediction != VOID].max(initial=0) >= num_classes:
-        raise InputError(f"{path} has value {prediction[prediction != VOID].max()}, but there are {num_classes} classes")
+    if prediction[prediction != VOID].max(initial=0) >= dataset.num_classes:
+        raise InputError(f"{path} has value {prediction[prediction != VOID].max()}, but there are {dataset.num_classes} classes")
     seen = mask != VOID
-    return confusion(mask, prediction, num_classes), int((seen & (prediction != VOID)).sum()), int(seen.sum())
+    return confusion(mask, prediction, dataset.num_classes), int((seen & (prediction != VOID)).sum()), int(seen.sum())
 
 
-def score(dataset, ids, folder, suffix, workers, what, name=None):
+def score(dataset, ids, folder, workers, what, name=None):
     """One int64 confusion matrix over `ids` (60 of them for seeds, `name` given) and the share of pixels covered."""
     require([dataset.mask(id) for id in ids])
     work, more = (_score_seeds, (name,)) if name else (_score_mask, ())
-    jobs = ((dataset.mask(id), folder / f"{id}{suffix}", dataset.num_classes, *more) for id in ids)
+    jobs = ((dataset, folder, id, *more) for id in ids)
     parts = in_processes(work, jobs, workers if len(ids) > 1000 else 0, len(ids), what)  # a pool takes seconds to start
     matrix, covered, seen = (sum(column) for column in zip(*parts))
     return matrix, covered / max(seen, 1)
@@ -617,7 +709,7 @@ def score(dataset, ids, folder, suffix, workers, what, name=None):
 
 def score_seeds(dataset, ids, folder, workers, name):
     """The row of the table for seeds: mIoU at the best of THRESHOLDS, and the whole curve."""
-    matrices, _ = score(dataset, ids, folder, ".npz", workers, f"{name} seeds", name)
+    matrices, _ = score(dataset, ids, folder, workers, f"{name} seeds", name)
     each = iou(matrices)  # (60, S)
     curve = np.nanmean(each, 1)
     best = int(curve.argmax())
@@ -626,7 +718,7 @@ def score_seeds(dataset, ids, folder, workers, name):
 
 
 def score_masks(dataset, ids, folder, workers, what, threshold, crf):
-    matrix, coverage = score(dataset, ids, folder, ".png", workers, what)
+    matrix, coverage = score(dataset, ids, folder, workers, what)
     each = iou(matrix)
     return {"threshold": threshold, "crf": crf, "iou": each.tolist(), "miou": 100 * float(np.nanmean(each)), "coverage": coverage}
 
@@ -634,6 +726,13 @@ def score_masks(dataset, ids, folder, workers, what, threshold, crf):
 def evaluate(args):
     """Score every stage found in OUT against the masks, print one table, write OUT/results.json."""
     dataset = DataSet(args.data)
+    if args.masks or args.seeds:
+        ids, rows = dataset.ids(args.split), []
+        for folder, scored in ((args.seeds, lambda: score_seeds(dataset, ids, args.seeds, args.workers, "refined")),
+                               (args.masks, lambda: score_masks(dataset, ids, args.masks, args.workers, "masks", "-", "-"))):
+            if folder:
+                rows.append({"stage": folder.name, "split": args.split, "n": len(ids), **scored()})
+        return print_table(rows, ["background", *dataset.classes])
     train, val = dataset.ids("train", required=False), dataset.ids("val", required=False)
     have = {name: json.loads(p.read_text()) for name in STAGES if (p := args.out / f"{name}.json").is_file()}
     done = {name: record["settings"] for name, record in have.items() if record["done"]}
@@ -642,6 +741,7 @@ def evaluate(args):
     rows, masks = [], (dataset.root / "SegmentationClass").is_dir()
     if not masks:
         print(f"{dataset.root} has no SegmentationClass: masks cannot be scored")
+        draw_labels(dataset, args.out)
 
     def add(stage, split, ids, needs, scored):
         if masks and ids and needs in done:
@@ -669,6 +769,19 @@ def evaluate(args):
     print("seconds: " + ", ".join(f"{n} {r['seconds']:.0f}" for n, r in have.items()) + f" -> {args.out / 'results.json'}")
 
 
+def draw_labels(dataset, out, first=24):
+    """Some photos with what the last stage made of them, to look at where there are no masks -> OUT/labels.png"""
+    folder = next((f for f in (out / "segmentation", out / "pseudo_labels") if f.is_dir()), None)
+    pictures = []
+    for path in sorted(folder.rglob("*.png"))[:first] if folder else ():
+        photo = v2.functional.pil_to_tensor(read_image(dataset.image(path.relative_to(folder).with_suffix("").as_posix())))
+        pictures.append(v2.functional.center_crop(v2.functional.resize(overlay(photo, read_mask(path)), 160, antialias=True), 160))
+    if pictures:
+        grid = make_grid(torch.stack(pictures).float() / 255, nrow=6, padding=4, pad_value=1)
+        write(out / "labels.png", lambda file: save_image(grid, file, format="png"))
+        print(f"{len(pictures)} of {folder} drawn -> {out / 'labels.png'}")
+
+
 def print_table(rows, classes):
     """The rows of results.json as text, the IoU of each class below."""
     print(f"\n{'stage':16} {'split':6} {'N':>6}  {'threshold':12} {'CRF':4} {'mIoU %':>7}")
@@ -681,7 +794,9 @@ def print_table(rows, classes):
         elif r.get("coverage", 1) < 1:
             value += f" on the {100 * r['coverage']:.1f} % of pixels that are labelled"
         print(f"{r['stage']:16} {r['split']:6} {r['n']:6}  {r.get('threshold', '-'):12} {r.get('crf', '-'):4} {value}")
-    print("Thresholds of seeds marked (best) were chosen by looking at the masks, out of 0.00 ... 0.59.\n")
+    if any("best" in r.get("threshold", "") for r in rows):
+        print("Thresholds of seeds marked (best) were chosen by looking at the masks, out of 0.00 ... 0.59.")
+    print()
     scored = [r for r in rows if "iou" in r]
     if scored:
         print(f"{'IoU %':16}" + "".join(f"{r['stage']:>17}" for r in scored))
@@ -715,7 +830,11 @@ def mean(args):
 
 def check(args):
     """Count a data set's files and name what would break a stage; exit status 1 if something would."""
-    dataset, problems = DataSet(args.data), []
+    dataset, problems, unlike = DataSet(args.data), [], []
+    try:
+        print(f"{len(dataset.endings)} photos in {dataset.photos}")
+    except InputError as error:  # two of one id
+        problems.append(str(error))
     print(f"{dataset.num_classes} classes with background: {' '.join(dataset.classes)}")
     splits = {name: dataset.ids(name, required=name == "train_aug") for name in ("train_aug", "train", "val")}
     for name, ids in splits.items():
@@ -727,11 +846,16 @@ def check(args):
         try:
             width, height = read_image(dataset.image(id)).size
             if dataset.mask(id).is_file():
-                mask = _read_pair(dataset.mask(id), dataset.image(id), dataset.num_classes)
+                mask = _read_mask_of(dataset, id)
                 if mask.shape != (height, width):
                     problems.append(f"{id}: image {height}x{width}, mask {mask.shape[0]}x{mask.shape[1]}")
+                seen = sorted(dataset.classes[c - 1] for c in np.unique(mask).tolist() if 0 < c < VOID)
+                if seen != sorted(set(dataset._names(id))):
+                    unlike.append(f"{id}: mask {' '.join(seen) or '-'}, labels {' '.join(dataset._names(id)) or '-'}")
         except InputError as error:
             problems.append(str(error))
+    if unlike:
+        print(f"note: masks and labels of {len(unlike)} photos differ, first {unlike[0]}")
     for line in problems[:20]:
         print(f"problem: {line}")
     if problems:
@@ -927,7 +1051,12 @@ def toy(args):
 
 def main():
     commands = Commands(__doc__, {"toy": {}, "voc": {}, "coco": {}, "small": {}})
-    commands.add(evaluate, "score every stage in OUT", name="eval")
+    parser = commands.add(evaluate, "score every stage in OUT", name="eval")
+    parser.add_argument("--masks", type=Path, help="score this folder of index PNGs instead")
+    parser.add_argument("--seeds", type=Path, help="score this folder of class maps instead: ID.npz of ours or ID/CLASS.npy")
+    parser.add_argument("--split", default="train", help="list that --masks or --seeds is scored on")
+    parser = commands.add(export, "our seeds for other people's code")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write ID/CLASS.npy into")
     commands.add(check, "look for what would break a stage")
     for function, help in ((toy, "draw the toy set"), (mean, "mean and deviation over runs")):
         parser = commands.commands.add_parser(function.__name__, help=help, description=function.__doc__)

@@ -436,7 +436,7 @@ def train(args):
         photo, label = both(photo, label)
         return tensor(colour(photo)), label.as_subclass(torch.Tensor)[::STRIDE, ::STRIDE]
 
-    batches = data.loader(data.Images(dataset, ids, item), args.batch_size, args, True)
+    batches = data.loader(data.Images(dataset.image, ids, item), args.batch_size, args, True)
     stage = data.Stage(args, "affinitynet", reads=("affinity_labels",))
     if stage.is_done():
         return
@@ -531,7 +531,7 @@ def walk(args):
         return id, tensor(photo), classes, cams
 
     def jobs():
-        photos = data.loader(data.Images(dataset, todo, item), None, args, train=False)
+        photos = data.loader(data.Images(dataset.image, todo, item), None, args, train=False)
         for id, photo, classes, cams in photos:
             with data.autocast(args):
                 scores = walk_scores(net, photo.to(args.device), torch.as_tensor(cams).to(args.device),

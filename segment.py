@@ -2,8 +2,10 @@
 
     python segment.py train     OUT/pseudo_labels    -> OUT/segmenter.pth
     python segment.py predict   OUT/segmenter.pth    -> OUT/segmentation/ID.png of val
+    python segment.py predict PHOTO_OR_FOLDER ...    -> OUT/predictions/ID.png and ID_overlay.png, of any photos
 """
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -97,16 +99,19 @@ def train(args):
     """Train DeepLab on the pseudo labels -> OUT/segmenter.pth"""
     dataset = data.DataSet(args.data)
     ids = dataset.ids("train_aug")
+    labels = args.labels or args.out / "pseudo_labels"
+    if args.labels:
+        data.require([labels / f"{id}.png" for id in ids])
     flip, tensor = v2.RandomHorizontalFlip(), data.to_tensor()
     crop = v2.RandomCrop(args.crop, pad_if_needed=True, fill={tv_tensors.Mask: data.VOID, "others": data.MEAN_COLOUR})
 
     def item(id, photo):
-        label = tv_tensors.Mask(data.read_mask(args.out / "pseudo_labels" / f"{id}.png"))
+        label = tv_tensors.Mask(data.read_mask(labels / f"{id}.png"))
         photo, label = crop(*random_scale(*flip(jitter_hsv(photo), label), *args.scale_range))
         return tensor(photo), label.as_subclass(torch.Tensor).long()
 
-    batches = data.loader(data.Images(dataset, ids, item), args.batch_size, args, True)
-    stage = data.Stage(args, "segmenter", reads=("pseudo_labels",))
+    batches = data.loader(data.Images(dataset.image, ids, item), args.batch_size, args, True)
+    stage = data.Stage(args, "segmenter", reads=() if args.labels else ("pseudo_labels",))
     if stage.is_done():
         return
     batch_norm = "trained" if args.from_scratch else "frozen" if args.freeze_bn else "published"
@@ -131,29 +136,25 @@ def probabilities(net, photos, size):
     return torch.softmax(total / (2 * len(photos)), dim=0)
 
 
-def _write_segmentation(scores, photo_path, path, crf):
+def _write_segmentation(scores, photo_path, path, crf, with_overlay):
+    photo = np.array(data.read_image(photo_path))
     if crf:
-        unary = -np.log(scores.clip(MIN_PROBABILITY, 1))
-        scores = crf_inference(np.array(data.read_image(photo_path)), unary, **CRF_SCORES)
-    data.write_mask(path, scores.argmax(0))
+        scores = crf_inference(photo, -np.log(scores.clip(MIN_PROBABILITY, 1)), **CRF_SCORES)
+    mask = scores.argmax(0).astype(np.uint8)
+    data.write_mask(path, mask)
+    if with_overlay:
+        picture = v2.functional.to_pil_image(data.overlay(torch.from_numpy(photo).permute(2, 0, 1), mask, 0.6))
+        data.write(path.with_name(f"{path.stem}_overlay.png"), lambda file: picture.save(file, format="PNG"))
 
 
-def predict(args):
-    """Segment the photos of a list -> OUT/segmentation/ID.png"""
-    dataset = data.DataSet(args.data)
-    ids = (args.ids or dataset.ids(args.split))[:args.first]
-    stage = data.Stage(args, "segmentation", reads=("segmenter",), without=("split",))
-    paths = {id: args.out / "segmentation" / f"{id}.png" for id in ids}
-    todo = stage.todo(paths)
-    if stage.is_done(todo):
-        return
+def segment(args, photos, paths):
+    """Run OUT/segmenter.pth on photos (id: path) and write their masks (id: path), with an overlay beside them for --paths."""
     saved = data.read_weights(args.out / "segmenter.pth")
     trained = argparse.Namespace(**{**saved["settings"], "from_scratch": True})
-    net = DeepLab(make_backbone(trained), dataset.num_classes)
+    net = DeepLab(make_backbone(trained), len(saved["model"]["cls_conv.bias"]))
     data.load_weights(net, saved["model"], args.out / "segmenter.pth")
     net = place(net, args).eval()
     tensor = data.to_tensor()
-    stage.start()
 
     def item(id, photo):
         size = photo.size[::-1]
@@ -162,21 +163,52 @@ def predict(args):
         return id, size, [tensor(p) for p in scaled]
 
     def jobs():
-        photos = data.loader(data.Images(dataset, todo, item), None, args, train=False)
-        for id, size, scaled in photos:
+        for id, size, scaled in data.loader(data.Images(photos.get, list(photos), item), None, args, train=False):
             with data.autocast(args):
                 scores = probabilities(net, [p.to(args.device) for p in scaled], size)
-            yield scores.cpu().numpy(), dataset.image(id), paths[id], args.crf
+            yield scores.cpu().numpy(), photos[id], paths[id], args.crf, bool(args.paths)
 
-    for _ in data.in_processes(_write_segmentation, jobs(), args.workers, len(todo), "segmentation"):
+    for _ in data.in_processes(_write_segmentation, jobs(), args.workers, len(photos), "segmentation"):
         pass
+
+
+def predict(args):
+    """Segment the photos of a list -> OUT/segmentation/ID.png; or given photos and folders -> OUT/predictions/"""
+    if args.paths:
+        return predict_paths(args)
+    dataset = data.DataSet(args.data)
+    ids = args.ids or (dataset.ids(args.split) if args.split else dataset.ids("val", required=False) or dataset.ids("train_aug"))
+    stage = data.Stage(args, "segmentation", reads=("segmenter",), without=("split", "paths"))
+    paths = {id: args.out / "segmentation" / f"{id}.png" for id in ids[:args.first]}
+    todo = stage.todo(paths)
+    if stage.is_done(todo):
+        return
+    stage.start()
+    segment(args, {id: dataset.image(id) for id in todo}, paths)
     stage.finish()
+
+
+def predict_paths(args):
+    """Segment any photos, from no data set -> OUT/predictions/ID.png and ID_overlay.png"""
+    photos = {}
+    for start in args.paths:
+        if not start.exists():
+            raise data.InputError(f"no photo and no folder {start}")
+        for path in data.find_photos(start) if start.is_dir() else [start]:
+            id = data.photo_id(path.relative_to(start).as_posix() if start.is_dir() else path.name)
+            if photos.setdefault(id, path) != path:
+                raise data.InputError(f"two photos would be written as {id}: {photos[id]} and {path}")
+            data.read_image(path)  # before the network is built
+    data.read_record(args.out, "segmenter")
+    segment(args, photos, {id: args.out / "predictions" / f"{id}.png" for id in photos})
+    print(f"{len(photos)} photos -> {args.out / 'predictions'}")
 
 
 def main():
     commands = data.Commands(__doc__, PRESETS)
     parser = commands.add(train, "train DeepLab on the pseudo labels")
     add_network_flags(parser)
+    parser.add_argument("--labels", type=Path, help="train on this folder of index PNGs instead of OUT/pseudo_labels")
     parser.add_argument("--iterations", type=int, default=20000, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=10, help="crops a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="of SGD; falls as (1 - i/(max+1))^0.9")
@@ -184,7 +216,8 @@ def main():
     parser.add_argument("--freeze-bn", action=argparse.BooleanOptionalAction, default=False,
                         help="keep the backbone's BatchNorm as it is, for small batches and short runs")
     parser = commands.add(predict, "segment the photos of a list")
-    parser.add_argument("--split", default="val", help="list in ImageSets/Segmentation")
+    parser.add_argument("paths", type=Path, nargs="*", help="photos or folders, instead of those of the data set")
+    parser.add_argument("--split", help="list in ImageSets/Segmentation (default: val, or train_aug without it)")
     parser.add_argument("--ids", nargs="+", help="these photos instead of a list")
     parser.add_argument("--first", type=int, help="only so many of them")
     parser.add_argument("--scales", type=float, nargs="+", default=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), help="of the photo")

@@ -55,6 +55,45 @@ def test_labels_come_from_the_text_file_or_else_from_object_names(tmp_path):
     assert data.DataSet(tmp_path).labels(["a", "b"]).tolist() == [[1, 1], [0, 1]]
 
 
+def test_a_folder_of_photos_with_labels_is_a_data_set(tmp_path):
+    (tmp_path / "far/away").mkdir(parents=True)
+    for name in ("a.JPG", "far/b.jpeg", "far/away/c.PNG", "d.webp"):
+        Image.new("RGB", (5, 4)).save(tmp_path / name)
+    (tmp_path / "labels.txt").write_text("a.JPG plum\r\nfar/b apple plum\n\nfar/away/c.PNG apple\nd")
+    dataset = data.DataSet(tmp_path)
+    assert dataset.classes == ["apple", "plum"] and dataset.num_classes == 3
+    assert dataset.ids("train_aug") == ["a", "far/b", "far/away/c", "d"] and dataset.ids("val", required=False) == []
+    assert dataset.image("far/away/c") == tmp_path / "far/away/c.PNG"
+    assert dataset.labels(["a", "far/b", "d"]).tolist() == [[0, 1], [1, 1], [0, 0]]
+    Image.new("RGB", (5, 4)).save(tmp_path / "far/b.png")
+    with pytest.raises(data.InputError, match="two photos have the id far/b"):
+        data.DataSet(tmp_path).endings
+
+
+def test_photos_are_turned_as_exif_says_and_16_bits_scaled(tmp_path):
+    photo = Image.new("RGB", (6, 4))
+    exif = photo.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    photo.save(tmp_path / "turned.jpg", exif=exif)
+    assert data.read_image(tmp_path / "turned.jpg").size == (4, 6)
+    Image.fromarray(np.array([[0, 256, 65535]], np.uint16)).save(tmp_path / "deep.png")
+    assert np.array(data.read_image(tmp_path / "deep.png"))[0].tolist() == [[0] * 3, [1] * 3, [255] * 3]
+
+
+def test_masks_in_vocs_colours_or_16_bits_become_indices(tmp_path, capsys):
+    mask = np.array([[0, 1, 255], [20, 3, 0]], np.uint8)
+    Image.fromarray(data.palette()[mask]).save(tmp_path / "colours.png")
+    Image.fromarray(mask.astype(np.uint16)).save(tmp_path / "deep.png")
+    for name in ("colours.png", "deep.png", "colours.png"):
+        assert (data.read_mask(tmp_path / name) == mask).all()
+    assert capsys.readouterr().out.count("read as PASCAL VOC's palette") == 1
+    Image.new("RGB", (2, 2), (1, 2, 3)).save(tmp_path / "other.png")
+    Image.fromarray(np.full((2, 2), 300, np.uint16)).save(tmp_path / "high.png")
+    for name, says in (("other.png", "colours that are not"), ("high.png", "is no index PNG")):
+        with pytest.raises(data.InputError, match=says):
+            data.read_mask(tmp_path / name)
+
+
 def test_classes_default_to_vocs(tmp_path):
     (make_set(tmp_path) / "classes.txt").unlink()
     dataset = data.DataSet(tmp_path)
@@ -175,7 +214,11 @@ def test_every_job_of_a_pool_comes_back(workers):
 def test_check_names_what_would_break_a_stage(tmp_path):
     make_set(tmp_path, ids=("a", "b", "c"))
     data.write_mask(tmp_path / "SegmentationClass/a.png", np.full((30, 20), 2))
-    assert "no problems" in run("data.py", "check", "--data", tmp_path)
+    said = run("data.py", "check", "--data", tmp_path)
+    assert "no problems" in said and "note: masks and labels of 1 photos differ, first a: mask dog, labels cat" in said
+    Image.new("RGB", (20, 30)).save(tmp_path / "JPEGImages/b.png")
+    assert "two photos have the id b" in run("data.py", "check", "--data", tmp_path, status=1)
+    (tmp_path / "JPEGImages/b.png").unlink()
     data.write_mask(tmp_path / "SegmentationClass/a.png", np.full((30, 21), 2))
     data.write_mask(tmp_path / "SegmentationClass/b.png", np.full((30, 20), 3))
     (tmp_path / "JPEGImages/c.jpg").write_bytes((tmp_path / "JPEGImages/c.jpg").read_bytes()[:200])

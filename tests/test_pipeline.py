@@ -68,8 +68,48 @@ def test_table_has_a_row_a_stage_and_the_json_the_same_numbers(done):
     assert "% of pixels that are labelled" in said["eval"]
 
 
-def test_without_masks_the_table_says_so_and_scores_nothing(done):
-    assert "has no SegmentationClass" in done[2]["unscored"] and "no masks" in done[2]["unscored"]
+def test_without_masks_the_table_says_so_and_pictures_are_drawn(done):
+    said = done[2]["unscored"]
+    assert "has no SegmentationClass" in said and "no masks" in said and f"drawn -> {done[1] / 'labels.png'}" in said
+
+
+def test_anybodys_masks_and_class_maps_are_scored_alike(done, tmp_path):
+    toy, out, _ = done
+    rows = {r["stage"]: r for r in json.loads((out / "results.json").read_text())["rows"]}
+    said = run("data.py", "eval", "--data", toy, "--masks", out / "pseudo_labels", "--seeds", out / "cams", *SMALL)
+    assert f"{rows['pseudo labels']['miou']:.2f}" in said and f"{rows['refined seeds']['miou']:.2f}" in said
+    run("data.py", "export", "--data", toy, "--out", out, "--to", tmp_path / "npy", *SMALL)
+    said = run("data.py", "eval", "--data", toy, "--seeds", tmp_path / "npy", *SMALL)
+    assert f"{rows['refined seeds']['miou']:.2f}" in said
+    id = data.DataSet(toy).ids("train")[0]
+    shutil.rmtree(tmp_path / "npy" / id)
+    assert f"no class maps of {id}" in refused("data.py", "eval", "--data", toy, "--seeds", tmp_path / "npy")
+    np.save(tmp_path / "npy" / f"{id}.npy", {0: np.zeros((2, 2))})
+    assert "is a pickle" in refused("data.py", "eval", "--data", toy, "--seeds", tmp_path / "npy")
+
+
+def test_the_segmenter_trains_on_anybodys_masks(done, tmp_path):
+    toy, out, _ = done
+    run("segment.py", "train", "--data", toy, "--out", tmp_path / "out", *SMALL, *SEGMENTER, "--labels", out / "pseudo_labels")
+    both = [torch.load(o / "segmenter.pth", weights_only=True)["model"]["cls_conv.weight"] for o in (out, tmp_path / "out")]
+    assert torch.equal(*both)
+    lacks = refused("segment.py", "train", "--data", toy, "--out", tmp_path / "new", *SEGMENTER, "--labels", tmp_path)
+    assert "lacks 24 of 24" in lacks
+
+
+def test_any_photos_are_segmented_each_with_an_overlay(done, tmp_path):
+    toy, out, _ = done
+    id = data.DataSet(toy).ids("train")[0]
+    (tmp_path / "in/deep").mkdir(parents=True)
+    data.read_image(toy / "JPEGImages" / f"{id}.jpg").save(tmp_path / "in/deep/photo.PNG")
+    shutil.copy(toy / "JPEGImages" / f"{id}.jpg", tmp_path / "one.jpg")
+    run("segment.py", "predict", tmp_path / "in", tmp_path / "one.jpg", "--out", out, *SMALL)
+    for name in ("deep/photo", "one"):
+        mask = data.read_mask(out / "predictions" / f"{name}.png")
+        assert mask.shape[::-1] == data.read_image(out / "predictions" / f"{name}_overlay.png").size
+    run("segment.py", "predict", "--data", toy, "--out", out, *SMALL, "--ids", id)
+    assert (data.read_mask(out / "segmentation" / f"{id}.png") == data.read_mask(out / "predictions/one.png")).all()
+    assert "no photo and no folder" in refused("segment.py", "predict", tmp_path / "absent.jpg", "--out", out)
 
 
 def test_a_second_call_does_nothing_again(done):
