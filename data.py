@@ -1,6 +1,7 @@
 """Data sets, transforms, training loop, seeds and the one evaluation of all stages: what the other scripts share.
 
     python data.py toy                          draws the toy set into data/toy
+    python data.py voc --root DIR               PASCAL VOC 2012 and SBD: fetched where they are missing, lists and labels written
     python data.py check --data DIR             counts, and what would break a stage
     python data.py eval  --data DIR --out OUT   scores every stage found in OUT, writes OUT/results.json
     python data.py eval  --masks DIR            scores anybody's index PNGs; --seeds DIR class maps
@@ -30,6 +31,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from torchvision.datasets import SBDataset
+from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.utils import draw_segmentation_masks, make_grid, save_image
 from tqdm import tqdm
@@ -41,6 +45,7 @@ PHOTOS = (".jpg", ".jpeg", ".png", ".webp")  # endings, in either case
 THRESHOLDS = np.arange(60, dtype=np.float32) / 100  # of the seeds: 0.00 ... 0.59
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                "pottedplant sheep sofa train tvmonitor").split()
+VOC_SIZES = {"train_aug": 10582, "train": 1464, "val": 1449, "test": 1456}
 STAGES = {  # record in OUT: (what it holds, the command that makes it)
     "classifier": ("classifier", "train"), "cams": ("seeds", "cams"), "affinity_labels": ("affinity labels", "psa"),
     "affinitynet": ("AffinityNet", "psa"), "pseudo_labels": ("pseudo labels", "psa"),
@@ -863,6 +868,47 @@ def check(args):
     print("no problems")
 
 
+# ---------------------------------------------------------------- PASCAL VOC 2012
+
+def fetch_archive(source, folder, needs):
+    """Download one of torchvision's archives (url, md5) into a folder; InputError that says what to put there by hand."""
+    try:
+        download_and_extract_archive(source["url"], folder, md5=source["md5"])
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{folder} lacks {needs}, and {source['url']} cannot be fetched ({error}): put it there by hand") from None
+
+
+def voc(args):
+    """Prepare VOC 2012 for training: train_aug.txt = (SBD train + SBD val + VOC train) - VOC val, and labels.txt from the XML.
+
+    --root is the devkit's VOC2012 folder, or one that holds or gets VOCdevkit/VOC2012. Of SBD only two lists are read.
+    """
+    def present(paths, file):
+        return next((p for p in paths if p and (p / file).exists()), None)
+
+    places = args.root / "VOCdevkit" / "VOC2012", args.root
+    if not present(places, "JPEGImages"):
+        fetch_archive(DATASET_YEAR_DICT["2012"], args.root, "VOCdevkit/VOC2012")
+    root = present(places, "JPEGImages")
+    places = args.sbd, args.root / "sbd", args.root / "benchmark_RELEASE" / "dataset"
+    if not present(places, "train.txt"):
+        fetch_archive({"url": SBDataset.url, "md5": SBDataset.md5}, args.root, "benchmark_RELEASE/dataset/train.txt of SBD (or --sbd DIR)")
+    sbd, dataset = present(places, "train.txt"), DataSet(root)
+    more = [photo_id(line.split()[0]) for name in ("train.txt", "val.txt") for line in (sbd / name).read_text().split("\n") if line.strip()]
+    lists = {name: dataset.ids(name, required=name != "test") for name in ("train", "val", "test")}
+    lists["train_aug"] = sorted({*more, *lists["train"]} - set(lists["val"]))
+    require([dataset.image(id) for id in lists["train_aug"]])
+    known = sorted({*lists["train_aug"], *lists["val"]})
+    dataset.labels(known)
+    for path, lines in ((root / "ImageSets/Segmentation/train_aug.txt", lists["train_aug"]),
+                        (root / "labels.txt", (" ".join([id, *dict.fromkeys(dataset._names(id))]) for id in known))):
+        write(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+    print(f"{root}: " + ", ".join(f"{name} {len(ids)}" for name, ids in lists.items()))
+    wrong = [f"{name} has {len(ids)} ids, VOC 2012's {VOC_SIZES[name]}" for name, ids in lists.items() if ids and len(ids) != VOC_SIZES[name]]
+    if wrong:
+        raise InputError("written, but " + "; ".join(wrong))
+
+
 # ---------------------------------------------------------------- toy set: animals with one shared body, told apart by head and tail
 
 TOY_CLASSES = ("cat", "rabbit", "cow", "bear", "lion")
@@ -1058,7 +1104,7 @@ def main():
     parser = commands.add(export, "our seeds for other people's code")
     parser.add_argument("--to", type=Path, required=True, help="folder to write ID/CLASS.npy into")
     commands.add(check, "look for what would break a stage")
-    for function, help in ((toy, "draw the toy set"), (mean, "mean and deviation over runs")):
+    for function, help in ((toy, "draw the toy set"), (voc, "prepare PASCAL VOC 2012"), (mean, "mean and deviation over runs")):
         parser = commands.commands.add_parser(function.__name__, help=help, description=function.__doc__)
         parser.set_defaults(function=function)
         if function is toy:
@@ -1066,6 +1112,9 @@ def main():
             parser.add_argument("--seed", type=int, default=0, help="of the drawings")
             parser.add_argument("--train", type=int, default=320, help="training pictures")
             parser.add_argument("--val", type=int, default=80, help="validation pictures")
+        elif function is voc:
+            parser.add_argument("--root", type=Path, required=True, help="the devkit's VOC2012 folder, or where to download to")
+            parser.add_argument("--sbd", type=Path, help="folder with SBD's train.txt and val.txt")
         else:
             parser.add_argument("outs", type=Path, nargs="+", metavar="OUT", help="folders with results.json")
     commands.run()

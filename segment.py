@@ -2,9 +2,11 @@
 
     python segment.py train     OUT/pseudo_labels    -> OUT/segmenter.pth
     python segment.py predict   OUT/segmenter.pth    -> OUT/segmentation/ID.png of val
+    python segment.py submit    OUT/segmenter.pth    -> OUT/results.tar.gz, VOC's test list for the evaluation server
     python segment.py predict PHOTO_OR_FOLDER ...    -> OUT/predictions/ID.png and ID_overlay.png, of any photos
 """
 import argparse
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -147,8 +149,8 @@ def _write_segmentation(scores, photo_path, path, crf, with_overlay):
         data.write(path.with_name(f"{path.stem}_overlay.png"), lambda file: picture.save(file, format="PNG"))
 
 
-def segment(args, photos, paths):
-    """Run OUT/segmenter.pth on photos (id: path) and write their masks (id: path), with an overlay beside them for --paths."""
+def segment(args, photos, paths, with_overlay=False):
+    """Run OUT/segmenter.pth on photos (id: path) and write their masks (id: path), each with an overlay if asked for."""
     saved = data.read_weights(args.out / "segmenter.pth")
     trained = argparse.Namespace(**{**saved["settings"], "from_scratch": True})
     net = DeepLab(make_backbone(trained), len(saved["model"]["cls_conv.bias"]))
@@ -166,7 +168,7 @@ def segment(args, photos, paths):
         for id, size, scaled in data.loader(data.Images(photos.get, list(photos), item), None, args, train=False):
             with data.autocast(args):
                 scores = probabilities(net, [p.to(args.device) for p in scaled], size)
-            yield scores.cpu().numpy(), photos[id], paths[id], args.crf, bool(args.paths)
+            yield scores.cpu().numpy(), photos[id], paths[id], args.crf, with_overlay
 
     for _ in data.in_processes(_write_segmentation, jobs(), args.workers, len(photos), "segmentation"):
         pass
@@ -200,8 +202,38 @@ def predict_paths(args):
                 raise data.InputError(f"two photos would be written as {id}: {photos[id]} and {path}")
             data.read_image(path)  # before the network is built
     data.read_record(args.out, "segmenter")
-    segment(args, photos, {id: args.out / "predictions" / f"{id}.png" for id in photos})
+    segment(args, photos, {id: args.out / "predictions" / f"{id}.png" for id in photos}, with_overlay=True)
     print(f"{len(photos)} photos -> {args.out / 'predictions'}")
+
+
+def submit(args):
+    """Segment VOC's test list and pack the masks as its evaluation server wants them -> OUT/results.tar.gz"""
+    dataset = data.DataSet(args.data)
+    names = {id: f"results/VOC2012/Segmentation/comp6_test_cls/{id}.png" for id in dataset.ids(args.split)}
+    stage = data.Stage(args, "submission", reads=("segmenter",))
+    paths = {id: args.out / name for id, name in names.items()}
+    todo, archive = stage.todo(paths), args.out / "results.tar.gz"
+    stage.start()
+    segment(args, {id: dataset.image(id) for id in todo}, paths)
+
+    def pack(file):
+        with tarfile.open(fileobj=file, mode="w:gz") as tar:
+            for id, name in names.items():
+                tar.add(paths[id], name)
+
+    data.write(archive, pack)
+    with tarfile.open(archive) as tar:  # what the server will see
+        found = {member.name: Image.open(tar.extractfile(member)) for member in tar}
+        for id, name in names.items():
+            if name not in found or found[name].mode != "P" or found[name].size != data.read_image(dataset.image(id)).size:
+                raise data.InputError(f"{archive} lacks a right {name}")
+    stage.finish()
+    print(f"{len(found)} masks -> {archive}")
+
+
+def add_test_flags(parser):
+    parser.add_argument("--scales", type=float, nargs="+", default=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), help="of the photo")
+    parser.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True, help="refine by the dense CRF")
 
 
 def main():
@@ -215,13 +247,15 @@ def main():
     parser.add_argument("--scale-range", type=float, nargs=2, default=(0.5, 1.5), help="of the photo, in training")
     parser.add_argument("--freeze-bn", action=argparse.BooleanOptionalAction, default=False,
                         help="keep the backbone's BatchNorm as it is, for small batches and short runs")
+    parser = commands.add(submit, "masks of VOC's test list, packed for its server")
+    parser.add_argument("--split", default="test", help="list in ImageSets/Segmentation")
+    add_test_flags(parser)
     parser = commands.add(predict, "segment the photos of a list")
     parser.add_argument("paths", type=Path, nargs="*", help="photos or folders, instead of those of the data set")
     parser.add_argument("--split", help="list in ImageSets/Segmentation (default: val, or train_aug without it)")
     parser.add_argument("--ids", nargs="+", help="these photos instead of a list")
     parser.add_argument("--first", type=int, help="only so many of them")
-    parser.add_argument("--scales", type=float, nargs="+", default=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), help="of the photo")
-    parser.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True, help="refine by the dense CRF")
+    add_test_flags(parser)
     commands.run()
 
 

@@ -244,3 +244,32 @@ def test_a_file_that_is_no_weight_file_is_refused(tmp_path, content):
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(data.InputError, match="w.pth"):
         data.read_weights(tmp_path / "w.pth")
+
+
+def test_voc_lists_and_labels_come_from_devkit_and_sbd(tmp_path, monkeypatch):
+    devkit = tmp_path / "VOCdevkit/VOC2012"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
+        (devkit / folder).mkdir(parents=True)
+    (tmp_path / "sbd").mkdir()
+    for id, names in {"a": ["dog", "dog"], "b": ["cat", "person"], "c": ["sheep"], "d": ["cow"], "e": []}.items():
+        Image.new("RGB", (5, 4)).save(devkit / "JPEGImages" / f"{id}.jpg")
+        objects = "".join(f"<object><name>{n}</name><difficult>1</difficult><part><name>head</name></part></object>" for n in names)
+        (devkit / "Annotations" / f"{id}.xml").write_text(f"<annotation><folder>VOC2012</folder>{objects}</annotation>")
+    (devkit / "ImageSets/Segmentation/train.txt").write_text("a")
+    (devkit / "ImageSets/Segmentation/val.txt").write_text("b\r\n")
+    (tmp_path / "sbd/train.txt").write_text("b\r\nc\r\n")
+    (tmp_path / "sbd/val.txt").write_text("d\na")
+    said = run("data.py", "voc", "--root", tmp_path, status=1)  # written, but no complete VOC 2012
+    assert "train 1, val 1, test 0, train_aug 3" in said and "train_aug has 3 ids, VOC 2012's 10582" in said
+    assert (devkit / "ImageSets/Segmentation/train_aug.txt").read_text() == "a\nc\nd\n"
+    assert (devkit / "labels.txt").read_text() == "a dog\nb cat person\nc sheep\nd cow\n"
+    assert data.DataSet(devkit).ids("train_aug") == ["a", "c", "d"]
+    (devkit / "JPEGImages/d.jpg").unlink()
+    assert "JPEGImages lacks 1 of 3 images, first d.jpg" in run("data.py", "voc", "--root", devkit, "--sbd", tmp_path / "sbd", status=1)
+
+    def offline(url, folder, md5):
+        raise OSError("no route")
+    monkeypatch.setattr(data, "download_and_extract_archive", offline)
+    (tmp_path / "sbd/train.txt").unlink()
+    assert "lacks benchmark_RELEASE/dataset/train.txt of SBD" in run("data.py", "voc", "--root", devkit, status=1)
+    assert "lacks VOCdevkit/VOC2012, and http" in run("data.py", "voc", "--root", tmp_path / "empty", status=1)

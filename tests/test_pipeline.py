@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -110,6 +111,19 @@ def test_any_photos_are_segmented_each_with_an_overlay(done, tmp_path):
     run("segment.py", "predict", "--data", toy, "--out", out, *SMALL, "--ids", id)
     assert (data.read_mask(out / "segmentation" / f"{id}.png") == data.read_mask(out / "predictions/one.png")).all()
     assert "no photo and no folder" in refused("segment.py", "predict", tmp_path / "absent.jpg", "--out", out)
+
+
+def test_the_submission_is_complete_and_of_the_photos_sizes(done, tmp_path):
+    toy, out, _ = done
+    ids = data.DataSet(toy).ids("val")
+    flags = ("--data", toy, "--out", out, *SMALL, "--no-crf")
+    assert "no test.txt" in refused("segment.py", "submit", "--data", toy, "--out", out)
+    run("segment.py", "submit", *flags, "--split", "val")
+    with tarfile.open(out / "results.tar.gz") as tar:
+        assert sorted(tar.getnames()) == sorted(f"results/VOC2012/Segmentation/comp6_test_cls/{id}.png" for id in ids)
+        for member, id in zip(sorted(tar.getmembers(), key=lambda m: m.name), sorted(ids)):
+            mask = Image.open(tar.extractfile(member))
+            assert mask.mode == "P" and mask.size == data.read_image(toy / "JPEGImages" / f"{id}.jpg").size
 
 
 def test_a_second_call_does_nothing_again(done):
