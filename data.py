@@ -324,18 +324,18 @@ def read_seeds(path, name="refined"):
         raise InputError(f'cannot read {name} seeds from {path}: {error}: run "make cams"') from None
 
 
-def read_any_seeds(dataset, folder, id, name="refined"):
-    """Our FOLDER/ID.npz, or FOLDER/ID/CLASS.npy of anybody, each (H, W). -> as `read_seeds`"""
+def read_any_seeds(folder, id, names, name="refined"):
+    """Our FOLDER/ID.npz, or FOLDER/ID/CLASS.npy of anybody, each (H, W); `names` are the K classes. -> as `read_seeds`"""
     if (folder / f"{id}.npz").is_file():
         return read_seeds(folder / f"{id}.npz", name)
     if (folder / f"{id}.npy").is_file():
         raise InputError(f"{folder / id}.npy is a pickle, which can run any code when read. Of files that you trust make DIR/ID/CLASS.npy: "
                          "for id in ids: for k, m in numpy.load(f'{id}.npy', allow_pickle=True).item().items(): "
                          "numpy.save(f'DIR/{id}/{classes[k]}.npy', m)")
-    paths = [folder / id / f"{c}.npy" for c in dataset.classes]
+    paths = [folder / id / f"{c}.npy" for c in names]
     have = [n for n, path in enumerate(paths) if path.is_file()]
     if not (folder / id).is_dir() or len(have) < len(list((folder / id).glob("*.npy"))):
-        raise InputError(f"no class maps of {id} in {folder}: neither {id}.npz nor {id}/CLASS.npy of the classes of {dataset.root}")
+        raise InputError(f"no class maps of {id} in {folder}: neither {id}.npz nor {id}/CLASS.npy of the classes {' '.join(names)}")
     try:
         maps = [np.load(paths[n], allow_pickle=False).astype(np.float32) for n in have]
         return np.array(have, np.int64) + 1, np.stack(maps) if maps else np.zeros((0, 1, 1), np.float32)
@@ -673,40 +673,39 @@ def load_weights(model, state, path, heads=(), partial=False, hint=""):
 
 # ---------------------------------------------------------------- evaluation
 
-def _read_mask_of(dataset, id):
-    mask = read_mask(dataset.mask(id))
+def read_mask_within(path, num_classes):
+    """`read_mask`, its values below `num_classes` or VOID."""
+    mask = read_mask(path)
     worst = int(mask[mask != VOID].max(initial=0))
-    if worst >= dataset.num_classes:
-        raise InputError(f"{dataset.mask(id)} has value {worst}, but there are {dataset.num_classes} classes with background")
+    if worst >= num_classes:
+        raise InputError(f"{path} has value {worst}, but there are {num_classes} classes with background")
     return mask
 
 
-def _score_seeds(dataset, folder, id, name):
-    mask = _read_mask_of(dataset, id)
-    classes, cams = read_any_seeds(dataset, folder, id, name)
+def _score_seeds(mask_path, folder, id, names, kind):
+    mask = read_mask_within(mask_path, 1 + len(names))
+    classes, cams = read_any_seeds(folder, id, names, kind)
     if len(classes) and cams.shape[1:] != mask.shape:
         raise InputError(f"the class maps of {id} in {folder} are {cams.shape[1:]}, its mask {mask.shape}")
-    return confusion_over_thresholds(mask, classes, cams, dataset.num_classes), 0, 0
+    return confusion_over_thresholds(mask, classes, cams, 1 + len(names)), 0, 0
 
 
-def _score_mask(dataset, folder, id):
-    path, mask = folder / f"{id}.png", _read_mask_of(dataset, id)
+def _score_mask(mask_path, folder, id, names):
+    path, num_classes = folder / f"{id}.png", 1 + len(names)
     if not path.is_file():
         raise InputError(f"no prediction {path}")
-    prediction = read_mask(path)
+    mask, prediction = (read_mask_within(p, num_classes) for p in (mask_path, path))
     if prediction.shape != mask.shape:
         raise InputError(f"{path} is {prediction.shape}, its mask {mask.shape}")
-    if prediction[prediction != VOID].max(initial=0) >= dataset.num_classes:
-        raise InputError(f"{path} has value {prediction[prediction != VOID].max()}, but there are {dataset.num_classes} classes")
     seen = mask != VOID
-    return confusion(mask, prediction, dataset.num_classes), int((seen & (prediction != VOID)).sum()), int(seen.sum())
+    return confusion(mask, prediction, num_classes), int((seen & (prediction != VOID)).sum()), int(seen.sum())
 
 
 def score(dataset, ids, folder, workers, what, name=None):
     """One int64 confusion matrix over `ids` (60 of them for seeds, `name` given) and the share of pixels covered."""
     require([dataset.mask(id) for id in ids])
     work, more = (_score_seeds, (name,)) if name else (_score_mask, ())
-    jobs = ((dataset, folder, id, *more) for id in ids)
+    jobs = ((dataset.mask(id), folder, id, dataset.classes, *more) for id in ids)
     parts = in_processes(work, jobs, workers if len(ids) > 1000 else 0, len(ids), what)  # a pool takes seconds to start
     matrix, covered, seen = (sum(column) for column in zip(*parts))
     return matrix, covered / max(seen, 1)
@@ -851,7 +850,7 @@ def check(args):
         try:
             width, height = read_image(dataset.image(id)).size
             if dataset.mask(id).is_file():
-                mask = _read_mask_of(dataset, id)
+                mask = read_mask_within(dataset.mask(id), dataset.num_classes)
                 if mask.shape != (height, width):
                     problems.append(f"{id}: image {height}x{width}, mask {mask.shape[0]}x{mask.shape[1]}")
                 seen = sorted(dataset.classes[c - 1] for c in np.unique(mask).tolist() if 0 < c < VOID)
