@@ -101,10 +101,10 @@ class DataSet:
 
     def image(self, id):
         path = self.photos / f"{id}.jpg"
-        return path if path.is_file() else self.endings.get(id, path)
+        return path if path.is_file() else self.photo_of.get(id, path)
 
     @functools.cached_property
-    def endings(self):
+    def photo_of(self):
         """Every photo of the folder, links followed. -> id: path"""
         found = {}
         for path in find_photos(self.photos):
@@ -836,7 +836,7 @@ def check(args):
     """Count a data set's files and name what would break a stage; exit status 1 if something would."""
     dataset, problems, unlike = DataSet(args.data), [], []
     try:
-        print(f"{len(dataset.endings)} photos in {dataset.photos}")
+        print(f"{len(dataset.photo_of)} photos in {dataset.photos}")
     except InputError as error:  # two of one id
         problems.append(str(error))
     print(f"{dataset.num_classes} classes with background: {' '.join(dataset.classes)}")

@@ -67,7 +67,7 @@ def test_a_folder_of_photos_with_labels_is_a_data_set(tmp_path):
     assert dataset.labels(["a", "far/b", "d"]).tolist() == [[0, 1], [1, 1], [0, 0]]
     Image.new("RGB", (5, 4)).save(tmp_path / "far/b.png")
     with pytest.raises(data.InputError, match="two photos have the id far/b"):
-        data.DataSet(tmp_path).endings
+        data.DataSet(tmp_path).photo_of
 
 
 def test_photos_are_turned_as_exif_says_and_16_bits_scaled(tmp_path):
