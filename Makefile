@@ -15,7 +15,7 @@ PICK    := $(if $(IDS),--ids $(IDS)) --first $(if $(IDS),$(words $(IDS)),4)
 BACK    := $(SCRATCH) $(if $(RESNET38),--resnet38 $(RESNET38)) $(if $(BACKBONE),--backbone $(BACKBONE))
 
 .NOTPARALLEL:
-.PHONY: help train cams psa seg eval show ablation check test clean
+.PHONY: help train cams psa seg eval show ablation check test bench clean
 
 help:
 	@echo "make train cams psa seg eval   image labels to segmenter on the toy set, then the table"
@@ -28,6 +28,7 @@ help:
 	@echo "  show      one picture of all stages       -> OUT/show.png, of IDS or the first four"
 	@echo "  ablation  Table 5 over SEEDS              -> OUT/ablation/"
 	@echo "  check     what in DATA would break a stage"
+	@echo "  bench     plain forms against ours: seconds, memory, bytes; BENCH_FLAGS=--quick"
 	@echo "DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) SEED=$(SEED) SEEDS=$(SEEDS) PYTHON=$(PYTHON)"
 	@echo "CONFORMER=FILE RESNET38=FILE: ImageNet weights; FROM_SCRATCH=1 PARTIAL=1 BACKBONE=resnet50 DEVICE=cpu"
 	@echo "TRAIN_FLAGS CAMS_FLAGS LABELS_FLAGS AFFINITY_FLAGS WALK_FLAGS SEG_FLAGS PREDICT_FLAGS: more flags of a script"
@@ -72,6 +73,9 @@ check: $(ENV) $(TOY)
 
 test: $(ENV)
 	$(PYTHON) -m pytest tests
+
+bench: $(ENV)
+	$(PYTHON) tests/benchmark.py $(BENCH_FLAGS)
 
 clean:
 	rm -rf out data/toy .venv

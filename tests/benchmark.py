@@ -1,0 +1,371 @@
+"""Plain forms against ours: that both give the same result, and how much less time, memory or disk ours takes.
+
+    python tests/benchmark.py                      every row, some minutes on a CPU
+    python tests/benchmark.py --only walk crf      these rows alone
+    python tests/benchmark.py --quick              smaller sizes, for which no goal is set
+
+The plain form of a row is its equation as the published code (TransCAM's, PSA's) computes it. Both forms take turns
+in one process, and the median counts; peak memory is what a form adds in a fresh process. Exit status 1 where they disagree.
+"""
+import argparse
+import copy
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from conftest import largest_difference  # also puts the repository on the path
+from pydensecrf.densecrf import DenseCRF2D
+from pydensecrf.utils import unary_from_labels
+
+import bnr
+import conformer
+import data
+import psa
+
+LINE = "{:<14}{:<34}{:>12}{:>12}{:>9}{:>13} {:<8}{:>10}"
+FOREGROUND = 20  # classes of PASCAL VOC
+SCALES = 16, 32, 48  # sides of M* for photos of 256, 512 and 768 pixels
+DISAGREE = []
+
+
+def note(args, name, sizes, plain, ours, unit, goal=None, limit=None, difference=None, tolerance=0.0):
+    """Print a row. goal: the least plain / ours, limit: the most that ours may be, both for the full sizes only."""
+    ratio = plain / ours if plain is not None else None
+    wanted = "" if args.quick else f">= {goal:g}x" if goal else f"<= {limit:g} {unit}" if limit else ""
+    missed = wanted and ((goal and ratio < goal) or (limit and ours > limit))
+    if difference is not None and not difference <= tolerance:  # nan disagrees too
+        DISAGREE.append(f"{name}, {sizes}: difference {difference:.1e} over {tolerance:.0e}")
+    values = ["" if x is None else f"{x:.0f} {unit}" if x >= 100 else f"{x:.3g} {unit}" for x in (plain, ours)]
+    print(LINE.format(name, sizes, *values, f"{ratio:.2f}x" if ratio else "", wanted, "missed" if missed else "",
+                      f"{difference:.1e}" if difference is not None else ""), flush=True)
+
+
+def seconds(form, device):
+    """Run it once. -> seconds, what it returns"""
+    start, result = time.perf_counter(), form()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def race(args, name, sizes, plain, ours, goal=None, tolerance=0.0, repeats=None):
+    """Time both forms in turns, compare what they return (an array or a tuple of them), print the row."""
+    repeats, times = repeats or args.repeats, ([], [])
+    for _ in range(repeats + (repeats > 1)):  # one more, to warm up, unless it is so slow that one must do
+        taken, results = zip(*(seconds(form, args.device) for form in (plain, ours)))
+        for both, one in zip(times, taken):
+            both.append(one)
+    arrays = ([np.float64(torch.as_tensor(x).cpu()) for x in (r if isinstance(r, tuple) else (r,))] for r in results)
+    difference = max(largest_difference(found, expected) for expected, found in zip(*arrays, strict=True))
+    medians = [1000 * statistics.median(both[-repeats:]) for both in times]
+    note(args, name, sizes, *medians, "ms", goal, difference=difference, tolerance=tolerance)
+
+
+def peak(which, forms, *sizes):
+    """MiB that form 0 (plain) or 1 (ours) of `forms(*sizes)` adds to this process's peak."""
+    form, device = forms(*sizes)[which], sizes[-1]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        form()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    form()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 10
+
+
+def memory(*job):
+    """`peak` in a fresh process. Not a spawned one: Linux has it start with the peak of its parent."""
+    with get_context("forkserver").Pool(1) as pool:
+        return pool.apply(peak, job)
+
+
+def plain_attention(attns):
+    """Eqs. 3, 4 of every block's A, all kept. list of (B, H, 1+N, 1+N) -> (B, N, N)"""
+    return bnr.sum_over_blocks([bnr.mean_over_heads(attn) for attn in attns])
+
+
+def attention_forms(backward, side, device):
+    """M* of Conformer-S's shapes, or GAP(M**) with the gradients of L_M**; N = side * side. -> plain, ours"""
+    torch.manual_seed(0)
+    qks = [torch.randn(2, 1, 6, 1 + side * side, 64, device=device, requires_grad=backward) for _ in range(12)]
+    cam = torch.randn(1, FOREGROUND, side, side, device=device, requires_grad=backward)
+    labels = torch.eye(FOREGROUND, device=device)[:1]
+
+    def with_gradients(z):
+        return z.detach(), *torch.autograd.grad(bnr.soft_margin_loss(z, labels), [cam, *qks])
+
+    def plain():
+        attn = plain_attention([bnr.attention(q, k) for q, k in qks])
+        refined = bnr.refined_cam(attn, cam)
+        return with_gradients(bnr.noisy_cam(attn, refined, len(qks), 1).mean((2, 3))) if backward else refined
+
+    def ours():
+        refined = bnr.attend(qks, cam)
+        return with_gradients(bnr.attend(qks, refined).mean((2, 3)) / len(qks)) if backward else refined
+    return plain, ours
+
+
+def attention(args):
+    """M* forward and its peak memory, M** forward and backward."""
+    sides = ((12, None), (24, None)) if args.quick else ((32, 1), (48, 1.7))
+    for backward, what, tolerance in ((False, "M* forward", 1e-5), (True, "M** forward, backward", 1e-4)):
+        for side, goal in sides:
+            race(args, "attention", f"{what}, N={side ** 2}", *attention_forms(backward, side, args.device), goal, tolerance)
+    job = attention_forms, False, sides[-1][0], args.device
+    note(args, "attention", f"M* peak memory, N={sides[-1][0] ** 2}", memory(0, *job), memory(1, *job), "MiB", goal=10)
+
+
+def pair_places(height, width, radius):
+    """Index of every "from" place (n,), and of the "to" places (34, n), in the flattened map."""
+    edge, place = radius - 1, torch.arange(height * width).view(height, width)
+    h, w = height - edge, width - 2 * edge
+    ends = [place[y:y + h, edge + x:edge + x + w].flatten() for y, x in psa.offsets(radius)]
+    return place[:h, edge:edge + w].flatten(), torch.stack(ends)
+
+
+def plain_walk(maps, affinities, radius, beta, doublings):
+    """A dense N x N transition matrix, its columns divided by their sums, squared again and again. (L, h, w) -> the same"""
+    L, h, w = maps.shape
+    start, ends = (x.to(maps.device) for x in pair_places(h, w, radius))
+    i, j, own = start.expand(len(ends), -1).flatten(), ends.flatten(), torch.arange(h * w, device=maps.device)
+    values = torch.cat([affinities.flatten(), affinities.flatten(), torch.ones(h * w, device=maps.device)])
+    index = torch.stack([torch.cat([i, j, own]), torch.cat([j, i, own])])
+    matrix = torch.sparse_coo_tensor(index, values, (h * w, h * w), check_invariants=False).to_dense() ** beta
+    matrix = matrix / matrix.sum(0, keepdim=True)
+    for _ in range(doublings):
+        matrix = matrix @ matrix
+    return (maps.view(L, -1) @ matrix).view(L, h, w)
+
+
+def walk_forms(height, width, device):
+    """The random walk of background and two classes, 2^7 steps. -> plain, ours"""
+    torch.manual_seed(0)
+    maps = torch.rand(3, height, width, device=device)
+    affinities = psa.affinity(0.1 * torch.randn(1, 8, height, width, device=device), psa.RADIUS)[0]
+    job = maps, affinities, psa.RADIUS, 14
+    return (lambda: plain_walk(*job, 7)), (lambda: psa.random_walk(*job, 2 ** 7))
+
+
+def walk(args):
+    """Random walk of a VOC photo against dense powers; of a 2000x1500 photo alone."""
+    small, large = ((20, 30), (47, 63)) if args.quick else ((47, 63), (188, 250))
+    names = [f"grid {h}x{w}, 3 maps" for h, w in (small, large)]
+    race(args, "walk", names[0], *walk_forms(*small, args.device), 50, 1e-4, repeats=min(2, args.repeats))
+    note(args, "walk", names[1], None, seconds(walk_forms(*large, args.device)[1], args.device)[0], "s")
+    note(args, "walk", f"{names[1]}, memory", None, memory(1, walk_forms, *large, args.device), "MiB", limit=2048)
+
+
+def plain_crf(photo, labels, num_classes):
+    """All S labels. photo: uint8 (H, W, 3), labels: uint8 (H, W) -> uint8 (H, W)"""
+    height, width = labels.shape
+    crf = DenseCRF2D(width, height, num_classes)
+    crf.setUnaryEnergy(unary_from_labels(labels, num_classes, gt_prob=0.7, zero_unsure=False))
+    crf.addPairwiseGaussian(sxy=3, compat=3)
+    crf.addPairwiseBilateral(sxy=50, srgb=5, rgbim=np.ascontiguousarray(photo), compat=10)
+    return np.array(crf.inference(10)).argmax(0).reshape(height, width).astype(np.uint8)
+
+
+def crf(args):
+    """Dense CRF from a label map with three of the S labels present."""
+    height, width = (90, 130) if args.quick else (300, 451)
+    photo = np.array(data.toy_picture(np.random.RandomState(1))[0].resize((width, height)))
+    labels = draw_mask(np.random.RandomState(0), height, width, (0, 8, 15))
+    for num_classes, goal, repeats in ((21, 1.7, args.repeats), (81, 4, min(2, args.repeats))):
+        race(args, "crf", f"{height}x{width}, 3 of {num_classes} labels", lambda: plain_crf(photo, labels, num_classes),
+             lambda: psa.crf_from_labels(photo, labels, num_classes, **psa.CRF_LABELS), goal, repeats=repeats)
+
+
+def draw_mask(rng, height, width, values):
+    """A map of these values in blocks of 30 pixels. -> uint8 (height, width)"""
+    coarse = np.array(values, np.uint8)[rng.randint(0, len(values), (-(-height // 30), -(-width // 30)))]
+    return coarse.repeat(30, 0).repeat(30, 1)[:height, :width]
+
+
+def plain_pair_labels(label, radius):
+    """Pairs that are background, of one foreground class, unlike. uint8 (h, w) -> three float32 (34, n)"""
+    edge = radius - 1
+    h, w = label.shape[0] - edge, label.shape[1] - 2 * edge
+    start = label[:h, edge:edge + w].reshape(1, -1)
+    ends = np.stack([label[y:y + h, edge + x:edge + x + w].reshape(-1) for y, x in psa.offsets(radius)])
+    valid, same = (start != data.VOID) & (ends != data.VOID), start == ends
+    kinds = same & (start == 0), same & (start != 0) & valid, ~same & valid
+    return [torch.from_numpy(kind.astype(np.float32)) for kind in kinds]
+
+
+def plain_affinity_loss(features, labels, start, ends):
+    """Gathers the features of all pairs. features: (B, C, h, w), labels: uint8 (B, h, w) -> scalar"""
+    flat = features.flatten(2)
+    first = torch.index_select(flat, 2, start)[:, :, None]  # (B, C, 1, n)
+    second = torch.index_select(flat, 2, ends.flatten()).unflatten(2, ends.shape)  # (B, C, 34, n)
+    affinities = torch.exp(-(second - first).abs().mean(1))
+    kinds = zip(*(plain_pair_labels(label, psa.RADIUS) for label in labels))
+    background, same, unlike = (torch.stack(kind).to(features.device) for kind in kinds)
+    positive, negative = -torch.log(affinities + 1e-5), -torch.log(1 + 1e-5 - affinities)
+    terms = ((1 / 4, background, positive), (1 / 4, same, positive), (1 / 2, unlike, negative))
+    return sum(weight * (chosen * loss).sum() / (chosen.sum() + 1e-5) for weight, chosen, loss in terms)
+
+
+def affinity(args):
+    """AffinityNet's pair labels and loss, forward and backward to the features."""
+    torch.manual_seed(0)
+    batch, side = (2, 28) if args.quick else (8, 56)
+    features = (0.3 * torch.randn(batch, 448, side, side)).to(args.device).requires_grad_()
+    masks = [draw_mask(np.random.RandomState(n), 8 * side, 8 * side, (0, 3, 7, data.VOID)) for n in range(batch)]
+    labels = np.stack([mask[::8, ::8] for mask in masks])
+    start, ends = (x.to(args.device) for x in pair_places(side, side, psa.RADIUS))
+
+    def with_gradient(loss):
+        return loss.detach(), torch.autograd.grad(loss, features)[0]
+
+    def ours():
+        on_device = torch.from_numpy(labels).to(args.device)
+        return with_gradient(psa.affinity_loss(psa.affinity(features, psa.RADIUS), on_device, psa.RADIUS))
+
+    race(args, "affinity", f"{batch}x448x{side}x{side}, with backward",
+         lambda: with_gradient(plain_affinity_loss(features, labels, start, ends)), ours, 3, 1e-4)
+
+
+def draw_seeds(folder, name, size):
+    """M* of two classes and three scales, written as ours and as published: full size, float32. -> path, path"""
+    rng, classes = np.random.RandomState(len(name)), np.array([3, 7])
+    maps = [rng.rand(2, side, side).astype(np.float32) for side in SCALES]
+    full = sum(F.interpolate(torch.from_numpy(m)[None], size, mode="bilinear", align_corners=False)[0] for m in maps).numpy()
+    low, high = full.min((1, 2), keepdims=True), full.max((1, 2), keepdims=True)
+    full[full < low + 1e-5] = 0
+    full = ((full - low - 1e-5) / (high - low + 1e-5)).clip(0)
+    data.write_seeds(folder / f"{name}.npz", classes, size, refined=maps)
+    np.save(folder / f"{name}.npy", dict(zip(classes.tolist(), full)))
+    return folder / f"{name}.npz", folder / f"{name}.npy"
+
+
+def read_plain_seeds(path):
+    """-> classes (k,), maps (k, H, W)"""
+    maps = np.load(path, allow_pickle=True).item()
+    return np.array(list(maps)), np.stack(list(maps.values()))
+
+
+def plain_threshold(path, threshold, num_classes):
+    """Reads the seed file and puts the threshold beside its maps and those of the absent classes. -> uint8 (H, W)"""
+    classes, maps = read_plain_seeds(path)
+    scores = np.zeros((num_classes, *maps.shape[1:]), np.float32)
+    scores[classes - 1], scores[-1] = maps, threshold  # last: at equality the class wins, as in the paper
+    return ((scores.argmax(0) + 1) % num_classes).astype(np.uint8)
+
+
+def files(args):
+    """Bytes of a seed file, and what is read from it."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours, plain = draw_seeds(Path(folder), "seed", (375, 500))
+        difference = largest_difference(data.read_seeds(ours)[1], read_plain_seeds(plain)[1])
+        sizes = [path.stat().st_size / 1000 for path in (plain, ours)]
+        note(args, "files", "375x500, 2 classes, 3 scales", *sizes, "KB", limit=60, difference=difference, tolerance=1e-5)
+
+
+def sweep(args):
+    """Confusion matrices of seeds at 60 thresholds, files read included."""
+    size, S = (375, 500), 1 + FOREGROUND
+    with tempfile.TemporaryDirectory() as folder:
+        names = [Path(folder) / f"{'x' * n}.png" for n in range(1, 2 if args.quick else 4)]
+        seeds = [draw_seeds(Path(folder), name.stem, size) for name in names]
+        for n, name in enumerate(names):
+            data.write_mask(name, draw_mask(np.random.RandomState(n), *size, (0, 3, 7, data.VOID)))
+
+        def plain():
+            return np.stack([sum(data.confusion(data.read_mask(name), plain_threshold(path, threshold, S), S)
+                                 for name, (_, path) in zip(names, seeds)) for threshold in data.THRESHOLDS])
+
+        def ours():
+            return sum(data.confusion_over_thresholds(data.read_mask(name), *data.read_seeds(path), S)
+                       for name, (path, _) in zip(names, seeds))
+
+        # A value that rounds to the other side of a threshold moves a pixel, of half a million.
+        race(args, "sweep", f"{len(names)} seeds, 60 thresholds", plain, ours, 30, 1e-4)
+
+
+def plain_iou(mask, prediction, num_classes):
+    """Pixels of the mask, of the prediction, and of both, a class at a time. -> (S,)"""
+    seen, out = mask < data.VOID, np.full(num_classes, np.nan)
+    hit = (mask == prediction) * seen
+    for c in range(num_classes):
+        of_prediction, of_mask, of_both = ((prediction == c) * seen).sum(), ((mask == c) * seen).sum(), ((mask == c) * hit).sum()
+        if of_mask + of_prediction:
+            out[c] = of_both / (of_mask + of_prediction - of_both)
+    return out
+
+
+def confusion(args):
+    """IoU of each class of one mask."""
+    values = tuple(range(1 + FOREGROUND)) + (data.VOID,)
+    mask, prediction = (draw_mask(np.random.RandomState(n), 375, 500, values[:len(values) - n]) for n in (0, 1))
+    race(args, "confusion", "375x500, 21 classes", lambda: np.nan_to_num(plain_iou(mask, prediction, 21), nan=-1),
+         lambda: np.nan_to_num(data.iou(data.confusion(mask, prediction, 21)), nan=-1), 5, 1e-12)
+
+
+class PlainAttention(conformer.Attention):
+    """Attention that makes its matrix, uses it, and hands it out: A^b for all of eqs. 2-5."""
+
+    def forward(self, x):
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        attn = bnr.attention(q, k)
+        return self.proj((attn @ v).transpose(1, 2).reshape(B, L, D)), attn
+
+
+def export(args):
+    """Seeds of one photo, six passes, Conformer-S."""
+    torch.manual_seed(0)
+    model, size = conformer.Conformer("small", FOREGROUND).to(args.device).eval(), (375, 500)
+    sides = [side * conformer.STRIDE // (2 if args.quick else 1) for side in SCALES]
+    photos = [torch.randn(1, 3, side, side, device=args.device) for side in sides]
+    own, flags = [2, 6], argparse.Namespace(plain=False, device=args.device, amp=False)
+    model.conv_cls_head.weight.data.abs_()  # or a random class map may be negative all over, and the seed 0
+    for _, block in model.blocks():
+        conformer.init_attention(block, 60)  # or attention is uniform, and the seed the rounding errors of a constant
+    published = copy.deepcopy(model)
+    model = data.place(model, args)  # channels_last, as bnr.py has it
+
+    for _, block in published.blocks():
+        block.attn.__class__ = PlainAttention
+
+    @torch.inference_mode()
+    def plain():
+        total = 0
+        for photo in photos:
+            for mirrored in (False, True):
+                cam, _, attns = bnr.forward(published, photo.flip(3) if mirrored else photo)
+                maps = F.interpolate(bnr.refined_cam(plain_attention(attns), cam), size, mode="bilinear", align_corners=False)
+                total = total + (maps.flip(3) if mirrored else maps)[0].cpu()
+        return data.normalise(total[own].clamp(min=0))
+
+    def ours():
+        return data.combine_scales([maps[0, own] for maps in bnr.export(model, photos, flags)["refined"]], size)
+
+    race(args, "export", f"six passes, {sides[0]} to {sides[-1]} pixels", plain, ours, 2, 1e-3, repeats=1)
+
+
+def main():
+    rows = {f.__name__: f for f in (attention, walk, crf, affinity, sweep, files, confusion, export)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=rows, default=list(rows), help="rows to run (default: all)")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each form, less where it takes many seconds")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, no goals")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="of attention, walk, affinity and export")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
+    print(LINE.format("row", "what", "plain", "ours", "ratio", "goal", "", "difference"))
+    for name in args.only:
+        rows[name](args)
+    if DISAGREE:
+        sys.exit("plain and ours disagree: " + "; ".join(DISAGREE))
+
+
+if __name__ == "__main__":
+    main()
