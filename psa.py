@@ -30,8 +30,8 @@ PRESETS = {
     "small": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 1, "crop": 128},
 }
 STRIDE = 8  # pixels of the photo one affinity feature stands for
-RESNET38 = "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"
 RADIUS = 5  # places within it are compared
+RESNET38 = "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"  # its ImageNet weights
 CRF_LABELS = {"gauss": (3, 3), "bilateral": (50, 5, 10), "steps": 10, "sure": 0.7}  # sxy, compat; sxy, srgb, compat
 
 

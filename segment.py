@@ -200,7 +200,6 @@ def predict_paths(args):
             id = data.photo_id(path.relative_to(start).as_posix() if start.is_dir() else path.name)
             if photos.setdefault(id, path) != path:
                 raise data.InputError(f"two photos would be written as {id}: {photos[id]} and {path}")
-            data.read_image(path)  # before the network is built
     data.read_record(args.out, "segmenter")
     segment(args, photos, {id: args.out / "predictions" / f"{id}.png" for id in photos}, with_overlay=True)
     print(f"{len(photos)} photos -> {args.out / 'predictions'}")

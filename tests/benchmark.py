@@ -20,9 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from conftest import largest_difference  # also puts the repository on the path
-from pydensecrf.densecrf import DenseCRF2D
-from pydensecrf.utils import unary_from_labels
+from conftest import largest_difference, plain_crf  # also puts the repository on the path
 
 import bnr
 import conformer
@@ -163,23 +161,13 @@ def walk(args):
     note(args, "walk", f"{names[1]}, memory", None, memory(1, walk_forms, *large, args.device), "MiB", limit=2048)
 
 
-def plain_crf(photo, labels, num_classes):
-    """All S labels. photo: uint8 (H, W, 3), labels: uint8 (H, W) -> uint8 (H, W)"""
-    height, width = labels.shape
-    crf = DenseCRF2D(width, height, num_classes)
-    crf.setUnaryEnergy(unary_from_labels(labels, num_classes, gt_prob=0.7, zero_unsure=False))
-    crf.addPairwiseGaussian(sxy=3, compat=3)
-    crf.addPairwiseBilateral(sxy=50, srgb=5, rgbim=np.ascontiguousarray(photo), compat=10)
-    return np.array(crf.inference(10)).argmax(0).reshape(height, width).astype(np.uint8)
-
-
 def crf(args):
     """Dense CRF from a label map with three of the S labels present."""
     height, width = (90, 130) if args.quick else (300, 451)
     photo = np.array(data.toy_picture(np.random.RandomState(1))[0].resize((width, height)))
     labels = draw_mask(np.random.RandomState(0), height, width, (0, 8, 15))
     for num_classes, goal, repeats in ((21, 1.7, args.repeats), (81, 4, min(2, args.repeats))):
-        race(args, "crf", f"{height}x{width}, 3 of {num_classes} labels", lambda: plain_crf(photo, labels, num_classes),
+        race(args, "crf", f"{height}x{width}, 3 of {num_classes} labels", lambda: plain_crf(photo, labels, num_classes).argmax(0),
              lambda: psa.crf_from_labels(photo, labels, num_classes, **psa.CRF_LABELS), goal, repeats=repeats)
 
 

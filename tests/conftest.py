@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pydensecrf.densecrf import DenseCRF2D
+from pydensecrf.utils import unary_from_labels
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -75,6 +77,16 @@ def drawn_image(seed, n, h, w):
     low = torch.from_numpy(r.standard_normal((n, 3, 8, 8)).astype(np.float32))
     noise = torch.from_numpy((0.1 * r.standard_normal((n, 3, h, w))).astype(np.float32))
     return F.interpolate(low, (h, w), mode="bicubic", align_corners=False) + noise
+
+
+def plain_crf(photo, labels, num_classes):
+    """All labels, as published. -> Q (S, H, W)"""
+    H, W = labels.shape
+    crf = DenseCRF2D(W, H, num_classes)
+    crf.setUnaryEnergy(unary_from_labels(labels, num_classes, gt_prob=0.7, zero_unsure=False))
+    crf.addPairwiseGaussian(sxy=3, compat=3)
+    crf.addPairwiseBilateral(sxy=50, srgb=5, rgbim=np.ascontiguousarray(photo), compat=10)
+    return np.array(crf.inference(10)).reshape(num_classes, H, W)
 
 
 def largest_difference(ours, theirs):

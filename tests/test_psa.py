@@ -9,25 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import GOLDEN
+from conftest import GOLDEN, plain_crf
 from PIL import Image
-from pydensecrf.densecrf import DenseCRF2D
-from pydensecrf.utils import unary_from_labels
 from torchvision import tv_tensors
 
 import data
 import psa
 import segment
-
-
-def plain_crf(photo, labels, num_classes):
-    """All labels, as published. -> Q (S, H, W)"""
-    H, W = labels.shape
-    crf = DenseCRF2D(W, H, num_classes)
-    crf.setUnaryEnergy(unary_from_labels(labels, num_classes, gt_prob=0.7, zero_unsure=False))
-    crf.addPairwiseGaussian(sxy=3, compat=3)
-    crf.addPairwiseBilateral(sxy=50, srgb=5, rgbim=np.ascontiguousarray(photo), compat=10)
-    return np.array(crf.inference(10)).reshape(num_classes, H, W)
 
 
 @pytest.mark.parametrize("present, num_classes", [((0,), 21), ((0, 8, 15), 21), ((0, 1, 2), 3), ((0, 1), 3)])
