@@ -27,6 +27,7 @@ PRESETS = {  # defaults that differ from the published VOC setting, which is tha
     "small": {"epochs": 1, "batch_size": 16, "lr": 2e-4, "crop": 128, "long_side": (112, 192), "scales": (1.0,), "plain": True},
 }
 HEADS = ("conv_cls_head", "trans_cls_head")
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 25}  # elements of A made at a time
 ROWS = {"transcam": ("transcam", "1"), "no noise": ("bnr", "none"), "noise x1": ("bnr", "1"), "noise x2": ("bnr", "2")}
 
 
@@ -83,6 +84,68 @@ def attend(qks, maps):
     return torch.cat(out, dim=1).view(B, K, h, w)
 
 
+class _ProductAndSums(torch.autograd.Function):
+    """A* times the maps and the column sums of A*, in both directions some rows at a time, so that no N x N matrix is kept.
+
+    maps: (B, K, N), then q, k, q, k, ... of the blocks  ->  (B, K, N), (B, N)
+    """
+
+    @staticmethod
+    def rows(maps, q):
+        """Slices of rows of A: CHUNK elements of all heads at once, so that what is made of them stays in the cache."""
+        N = maps.shape[2]
+        step = max(1, CHUNK[maps.device.type] // (len(q) * q.shape[1] * N))
+        return [slice(start, min(start + step, N)) for start in range(0, N, step)]
+
+    @staticmethod
+    def attention(q, k, rows):
+        """Eq. 2, of the patch tokens in `rows`. -> their queries (B, H, rows, D/H), float32 (B, H, rows, 1+N)"""
+        q = q[:, :, 1:][:, :, rows].float() / q.shape[-1] ** 0.5
+        return q, torch.softmax(q @ k.float().transpose(-2, -1), dim=-1)
+
+    @staticmethod
+    def forward(ctx, maps, *qks):
+        ctx.save_for_backward(maps, *qks)
+        (B, K, N), heads = maps.shape, qks[0].shape[1]
+        values = F.pad(maps.transpose(1, 2) / heads, (0, 0, 1, 0))  # (B, 1+N, K)
+        product, sums = maps.new_zeros(B, N, K), maps.new_zeros(B, 1 + N)
+        for rows in _ProductAndSums.rows(maps, qks[0]):
+            total = sum(_ProductAndSums.attention(q, k, rows)[1].sum(1) for q, k in zip(qks[::2], qks[1::2]))  # (B, rows, 1+N)
+            product[:, rows] = total @ values
+            sums += total.sum(1)
+        return product.transpose(1, 2), sums[:, 1:] / heads
+
+    @staticmethod
+    def backward(ctx, d_product, d_sums):
+        maps, *qks = ctx.saved_tensors
+        heads = qks[0].shape[1]
+        d_product, values, d_sums = d_product / heads, F.pad(maps, (1, 0)), F.pad(d_sums / heads, (1, 0))
+        d_values, *d_qks = (torch.zeros_like(x, dtype=torch.float32) for x in (values, *qks))
+        for rows in _ProductAndSums.rows(maps, qks[0]):
+            # The gradient of A is the same for all heads and blocks.
+            d_attn = (d_sums[:, None] + d_product[:, :, rows].transpose(1, 2) @ values)[:, None]  # (B, 1, rows, 1+N)
+            total = 0
+            for n in range(0, len(qks), 2):
+                q, attn = _ProductAndSums.attention(*qks[n:n + 2], rows)
+                total = total + attn.sum(1)
+                d_scores = attn * d_attn
+                d_scores.addcmul_(attn, d_scores.sum(-1, keepdim=True), value=-1)  # through the softmax
+                d_qks[n][:, :, 1:][:, :, rows] = d_scores @ qks[n + 1].float() / q.shape[-1] ** 0.5
+                d_qks[n + 1] += d_scores.transpose(-2, -1) @ q
+            d_values += d_product[:, :, rows] @ total
+        return d_values[..., 1:], *d_qks
+
+
+def noisy_logits(qks, cam, noise):
+    """GAP(M**), eqs. 2-7 in one: the mean of A* M* over its rows needs only M* and the column sums of A*.
+
+    qks: list of (q, k), each (B, H, 1+N, D/H); cam: (B, K, h, w)  ->  float32 (B, K)
+    """
+    with torch.autocast(cam.device.type, enabled=False):
+        refined, sums = _ProductAndSums.apply(cam.float().flatten(2), *(x for qk in qks for x in qk))
+        return noise / len(qks) * torch.einsum("bkn,bn->bk", refined, sums) / sums.shape[1]
+
+
 def soft_margin_loss(z, labels):
     """Eq. 8: multi-label soft margin loss over the K foreground classes. z, labels: (B, K)  ->  scalar"""
     return -(labels * F.logsigmoid(z) + (1 - labels) * F.logsigmoid(-z)).mean()
@@ -105,10 +168,8 @@ def loss_of(model, images, labels, loss, noise):
     cam, z, qks = forward(model, images)
     if loss == "transcam":
         return soft_margin_loss(z, labels)
-    noisy = attend(qks, cam)  # M*
-    if noise != "none":
-        noisy = float(noise) / len(qks) * attend(qks, noisy)  # M**, eqs. 6 and 7
-    return bnr_loss(z, noisy.mean((2, 3)), labels)
+    z_noisy = attend(qks, cam).mean((2, 3)) if noise == "none" else noisy_logits(qks, cam, float(noise))
+    return bnr_loss(z, z_noisy, labels)
 
 
 # ---------------------------------------------------------------- train

@@ -336,10 +336,31 @@ def pairs(maps, radius):
     return maps[..., :h, edge:edge + w], [maps[..., y:y + h, edge + x:edge + x + w] for y, x in offsets(radius)]
 
 
+class _MeanDifference(torch.autograd.Function):
+    """mean |f_i - f_j| over the channels. (B, C, h, w) -> (B, 34, h', w'); for the gradient only the features are kept."""
+
+    @staticmethod
+    def forward(ctx, features, radius):
+        ctx.save_for_backward(features)
+        ctx.radius = radius
+        start, ends = pairs(features, radius)
+        return torch.stack([(start - end).abs_().mean(1) for end in ends], dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        features, = ctx.saved_tensors
+        out = torch.zeros_like(features)
+        (start, ends), (d_start, d_ends) = pairs(features, ctx.radius), pairs(out, ctx.radius)
+        for end, d_end, g in zip(ends, d_ends, gradient.split(1, dim=1)):
+            d = (start - end).sign_().mul_(g / features.shape[1])
+            d_start += d
+            d_end -= d
+        return out, None
+
+
 def affinity(features, radius):
     """exp(-mean |f_i - f_j|) of each place with those around it (PSA). (B, C, h, w) -> (B, 34, h', w')"""
-    start, ends = pairs(features.float(), radius)
-    return torch.stack([torch.exp(-(start - end).abs().mean(1)) for end in ends], dim=1)
+    return torch.exp(-_MeanDifference.apply(features.float(), radius))
 
 
 def affinity_loss(affinities, labels, radius, eps=1e-5):
@@ -452,30 +473,32 @@ def train(args):
 # ---------------------------------------------------------------- random walk
 
 def transition_matrix(affinities, height, width, radius, beta):
-    """Affinities to the power beta, both directions, and 1 to itself. (34, h', w') -> sparse (N, N), its row sums (N, 1)
+    """T' of the walk: affinities to the power beta, both directions, 1 to itself, rows divided by their sums.
 
-    The matrix is symmetric, so T, whose columns sum to 1, acts on a row of scores m as (A m') / sums.
+    affinities: (34, h', w')  ->  sparse CSR (N, N); before the division it is symmetric, so the columns of T sum to 1
     """
     place = torch.arange(height * width, device=affinities.device).view(height, width)
     start, ends = pairs(place, radius)
-    i, j = start.expand(len(ends), *start.shape).flatten(), torch.stack(ends).flatten()
-    value, own = affinities.flatten().float() ** beta, place.flatten()
+    i, j, own = start.expand(len(ends), *start.shape).flatten(), torch.stack(ends).flatten(), place.flatten()
+    value = affinities.flatten().float() ** beta
     index = torch.stack([torch.cat([i, j, own]), torch.cat([j, i, own])])
     matrix = torch.sparse_coo_tensor(index, torch.cat([value, value, torch.ones_like(own, dtype=torch.float32)]),
                                      (height * width,) * 2, check_invariants=False).coalesce()
-    return matrix, torch.sparse.mm(matrix, torch.ones(height * width, 1, device=value.device))
+    rows, columns = matrix.indices()
+    sums = torch.zeros(height * width, device=value.device).index_add_(0, rows, matrix.values())
+    starts = F.pad(rows.bincount(minlength=height * width).cumsum(0), (1, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its sparse CSR a beta; the tests hold it to the dense product
+        return torch.sparse_csr_tensor(starts.int(), columns.int(), matrix.values() / sums[rows], matrix.shape)  # int: half the bytes
 
 
 def random_walk(maps, affinities, radius, beta, steps):
     """maps T^steps by `steps` sparse products, O(N) memory (PSA computes the dense power). (L, h, w) -> (L, h, w)"""
     L, h, w = maps.shape
-    matrix, sums = transition_matrix(affinities, h, w, radius, beta)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls its sparse CSR a beta; the tests hold it to the dense product
-        matrix = matrix.to_sparse_csr()
+    matrix = transition_matrix(affinities, h, w, radius, beta)
     x = maps.reshape(L, -1).t().contiguous().float()  # (N, L)
     for _ in range(steps):
-        x = (matrix @ x) / sums
+        x = matrix @ x
     return x.t().reshape(L, h, w)
 
 

@@ -106,8 +106,7 @@ def attention_forms(backward, side, device):
         return with_gradients(bnr.noisy_cam(attn, refined, len(qks), 1).mean((2, 3))) if backward else refined
 
     def ours():
-        refined = bnr.attend(qks, cam)
-        return with_gradients(bnr.attend(qks, refined).mean((2, 3)) / len(qks)) if backward else refined
+        return with_gradients(bnr.noisy_logits(qks, cam, 1)) if backward else bnr.attend(qks, cam)
     return plain, ours
 
 

@@ -87,6 +87,17 @@ def test_affinity_loss_equals_a_loop_over_pairs():
     assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_gradient_of_the_affinities_equals_that_of_the_plain_form():
+    torch.manual_seed(0)
+    features = torch.randn(2, 3, 6, 9, requires_grad=True)
+    start, ends = psa.pairs(features, 3)
+    plain = torch.stack([torch.exp(-(start - end).abs().mean(1)) for end in ends], dim=1)
+    found = psa.affinity(features, 3)
+    weight = torch.randn_like(plain)
+    ours, theirs = (torch.autograd.grad((x * weight).sum(), features)[0] for x in (found, plain))
+    torch.testing.assert_close(ours, theirs)
+
+
 def plain_walk(maps, features, radius, beta, doublings):
     """The published form: a dense N x N matrix, columns divided by their sums, squared again and again."""
     L, h, w = maps.shape
