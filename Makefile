@@ -15,7 +15,7 @@ PICK    := $(if $(IDS),--ids $(IDS)) --first $(if $(IDS),$(words $(IDS)),4)
 BACK    := $(SCRATCH) $(if $(RESNET38),--resnet38 $(RESNET38)) $(if $(BACKBONE),--backbone $(BACKBONE))
 
 .NOTPARALLEL:
-.PHONY: help train cams psa seg eval show ablation check test bench clean
+.PHONY: help train cams psa seg eval show ablation check coco test bench clean
 
 help:
 	@echo "make train cams psa seg eval   image labels to segmenter on the toy set, then the table"
@@ -28,6 +28,7 @@ help:
 	@echo "  show      one picture of all stages       -> OUT/show.png, of IDS or the first four"
 	@echo "  ablation  Table 5 over SEEDS              -> OUT/ablation/"
 	@echo "  check     what in DATA would break a stage"
+	@echo "  coco      makes DATA, with train2014, val2014 and annotations in it, a data set"
 	@echo "  bench     plain forms against ours: seconds, memory, bytes; BENCH_FLAGS=--quick"
 	@echo "DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) SEED=$(SEED) SEEDS=$(SEEDS) PYTHON=$(PYTHON)"
 	@echo "CONFORMER=FILE RESNET38=FILE: ImageNet weights; FROM_SCRATCH=1 PARTIAL=1 BACKBONE=resnet50 DEVICE=cpu"
@@ -70,6 +71,11 @@ ablation: $(ENV) $(TOY)
 
 check: $(ENV) $(TOY)
 	$(PYTHON) data.py check --data $(DATA)
+
+coco: $(if $(TOY),,$(ENV))
+	@test -z "$(TOY)" || { echo "error: make coco needs DATA=DIR, a folder with train2014, val2014 and annotations"; exit 1; }
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check pycocotools
+	$(PYTHON) data.py coco --root $(DATA)
 
 test: $(ENV)
 	$(PYTHON) -m pytest tests

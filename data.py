@@ -2,6 +2,7 @@
 
     python data.py toy                          draws the toy set into data/toy
     python data.py voc --root DIR               PASCAL VOC 2012 and SBD: fetched where they are missing, lists and labels written
+    python data.py coco --root DIR              MS COCO 2014: masks, labels and lists written beside its photos
     python data.py check --data DIR             counts, and what would break a stage
     python data.py eval  --data DIR --out OUT   scores every stage found in OUT, writes OUT/results.json
     python data.py eval  --masks DIR            scores anybody's index PNGs; --seeds DIR class maps
@@ -23,6 +24,7 @@ import sys
 import time
 import uuid
 import xml.etree.ElementTree as ElementTree
+from array import array
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -46,6 +48,8 @@ THRESHOLDS = np.arange(60, dtype=np.float32) / 100  # of the seeds: 0.00 ... 0.5
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                "pottedplant sheep sofa train tvmonitor").split()
 VOC_SIZES = {"train_aug": 10582, "train": 1464, "val": 1449, "test": 1456}
+COCO_SPLITS = {"train_aug": "train2014", "val": "val2014"}
+COCO_SIZES = {"train_aug": 82081, "val": 40137}  # photos with an instance
 STAGES = {  # record in OUT: (what it holds, the command that makes it)
     "classifier": ("classifier", "train"), "cams": ("seeds", "cams"), "affinity_labels": ("affinity labels", "psa"),
     "affinitynet": ("AffinityNet", "psa"), "pseudo_labels": ("pseudo labels", "psa"),
@@ -230,6 +234,10 @@ def write(path, save):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_lines(path, lines):
+    write(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
 
 
 # ---------------------------------------------------------------- transforms (PIL image, and mask where there is one)
@@ -835,6 +843,11 @@ def mean(args):
     print_means([json.loads((out / "results.json").read_text())["rows"] for out in args.outs])
 
 
+def images_a_class(dataset, labels):
+    """labels: (n, K) of 0 and 1  ->  "images a class: cat 3, dog 2" """
+    return "images a class: " + ", ".join(f"{c} {int(n)}" for c, n in zip(dataset.classes, labels.sum(0)))
+
+
 def check(args):
     """Count a data set's files and name what would break a stage; exit status 1 if something would."""
     dataset, problems, unlike = DataSet(args.data), [], []
@@ -847,8 +860,8 @@ def check(args):
     for name, ids in splits.items():
         masks = sum(dataset.mask(id).is_file() for id in ids)
         labels = dataset.labels(ids)
-        print(f"{name}: {len(ids)} images, {masks} masks, {int((labels.sum(1) == 0).sum())} without any label; images a class: "
-              + ", ".join(f"{c} {int(n)}" for c, n in zip(dataset.classes, labels.sum(0))))
+        print(f"{name}: {len(ids)} images, {masks} masks, {int((labels.sum(1) == 0).sum())} without any label; "
+              + images_a_class(dataset, labels))
     for id in tqdm(sorted(set().union(*splits.values())), unit="img"):
         try:
             width, height = read_image(dataset.image(id)).size
@@ -904,11 +917,124 @@ def voc(args):
     dataset.labels(known)
     for path, lines in ((root / "ImageSets/Segmentation/train_aug.txt", lists["train_aug"]),
                         (root / "labels.txt", (" ".join([id, *dict.fromkeys(dataset._names(id))]) for id in known))):
-        write(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
-    print(f"{root}: " + ", ".join(f"{name} {len(ids)}" for name, ids in lists.items()))
-    wrong = [f"{name} has {len(ids)} ids, VOC 2012's {VOC_SIZES[name]}" for name, ids in lists.items() if ids and len(ids) != VOC_SIZES[name]]
+        write_lines(path, lines)
+    check_sizes(root, lists, VOC_SIZES, "VOC 2012")
+
+
+def check_sizes(root, lists, sizes, name):
+    """Print the sizes of the lists just written; InputError where they are not those published."""
+    print(f"{root}: " + ", ".join(f"{split} {len(ids)}" for split, ids in lists.items()))
+    wrong = [f"{split} has {len(lists[split])} ids, {name}'s {size}" for split, size in sizes.items()
+             if len(lists[split]) != size and (lists[split] or split != "test")]  # VOC's test photos come apart
     if wrong:
         raise InputError("written, but " + "; ".join(wrong))
+
+
+# ---------------------------------------------------------------- MS COCO 2014
+
+def decode(segmentation, height, width):
+    """An instance of COCO as a mask. -> bool (H, W)
+
+    segmentation: polygons, each x0, y0, x1, y1, ... in pixels; or {"size": [H, W], "counts": lengths of the runs of 0 and 1
+    down the columns, as a list or packed into a string}.
+    """
+    try:
+        from pycocotools import mask as coco_mask
+    except ImportError as error:
+        raise InputError(f'no masks of COCO without pycocotools ({error}): run "make coco DATA=DIR" or "pip install pycocotools"') from None
+    if isinstance(segmentation, dict):
+        plain = isinstance(segmentation["counts"], list)
+        if segmentation["size"] != [height, width] or plain and sum(segmentation["counts"]) != height * width:
+            raise ValueError("run lengths of another size")
+        return coco_mask.decode(coco_mask.frPyObjects(segmentation, height, width) if plain else segmentation).astype(bool)
+    polygons = [p for p in segmentation if len(p) > 4]  # fewer numbers enclose nothing, and pycocotools takes four for a box
+    if not polygons:
+        return np.zeros((height, width), bool)
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))).astype(bool)
+
+
+def _write_coco_mask(path, height, width, instances):
+    """Paint [(annotation's id, value, segmentation)] by falling area: the smaller lies on top, of two equal ones the later."""
+    shapes, mask = [], np.zeros((height, width), np.uint8)
+    for id, value, segmentation in instances:
+        try:
+            shapes.append((decode(segmentation, height, width), value))
+        except Exception as error:  # pycocotools raises many kinds
+            raise InputError(f"annotation {id} for {path} ({height}x{width}) cannot be decoded: {error}") from None
+    for shape, value in sorted(shapes, key=lambda s: s[0].sum(), reverse=True):
+        mask[shape] = value
+    write_mask(path, mask)
+
+
+def _compact(entry):
+    """What is read of a json object, polygons as arrays: parsing 455 MB then peaks at 1.1 GiB, not at 2.6."""
+    if "image_id" in entry:
+        shape = entry["segmentation"]
+        shape = [array("d", polygon) for polygon in shape] if isinstance(shape, list) else shape
+        return entry["id"], entry["image_id"], entry["category_id"], entry["iscrowd"], shape
+    return {key: entry[key] for key in ("id", "file_name", "height", "width")} if "file_name" in entry else entry
+
+
+def _prepare_split(root, split, workers):
+    """Write those masks of a split that are not there yet. -> names of the classes, {id: its labels} of the photos with an instance"""
+    path, instances = root / "annotations" / f"instances_{split}.json", {}
+    try:
+        found = json.loads(path.read_text(), object_hook=_compact)
+        names = {c["id"]: c["name"].replace(" ", "_") for c in sorted(found["categories"], key=lambda c: c["id"])}
+        images = {i["id"]: i for i in found["images"]}
+        for annotation in found["annotations"]:
+            id, image, category, _, _ = annotation
+            if image not in images or category not in names:
+                raise InputError(f"{path}: annotation {id} is of image {image}, category {category}, of which one is not listed")
+            instances.setdefault(image, []).append(annotation)
+        photos = {f"{split}/{photo_id(images[i]['file_name'])}": images[i] for i in sorted(instances)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read {path}: {type(error).__name__} {error}") from None
+    require([root / split / photo["file_name"] for photo in photos.values()])
+    number = {category: n for n, category in enumerate(names, start=1)}
+    todo = {id: path for id in photos if not (path := root / "SegmentationClass" / f"{id}.png").is_file()}
+    jobs = ((path, photos[id]["height"], photos[id]["width"],
+             [(n, VOID if crowd else number[category], shape) for n, _, category, crowd, shape in instances[photos[id]["id"]]])
+            for id, path in todo.items())
+    for _ in in_processes(_write_coco_mask, jobs, workers, len(todo), f"{split} masks"):
+        pass
+    return list(names.values()), {id: [names[c] for c in sorted({a[2] for a in instances[photo["id"]]})] for id, photo in photos.items()}
+
+
+def coco(args):
+    """Make a folder with COCO's train2014, val2014 and annotations a data set: links to the photos, masks, labels and lists.
+
+    train_aug = train, and val, are the photos with an instance, crowds among them. Masks that are there are not made again.
+    """
+    import resource  # on Unix alone
+    decode([], 1, 1)  # pycocotools must be there
+    root, photos, splits = args.root, args.root / "JPEGImages", COCO_SPLITS.values()
+    needed = [*splits, *(f"annotations/instances_{split}.json" for split in splits)]
+    if missing := [name for name in needed if not (root / name).exists()]:
+        raise InputError(f"{root} lacks {', '.join(missing)} of COCO 2014: put them there")
+    if photos.is_symlink() or photos.exists() and any(not p.is_symlink() or os.readlink(p) != f"../{p.name}" for p in photos.iterdir()):
+        raise InputError(f"{photos} holds more than links to {' and '.join(splits)}: move it away")
+    lists, labels, classes = {}, {}, []
+    for name, split in COCO_SPLITS.items():
+        names, known = _prepare_split(root, split, args.workers)
+        if classes and names != classes:
+            raise InputError(f"the categories in {root}/annotations/instances_{split}.json are not those of the other split")
+        classes, lists[name] = names, list(known)
+        labels.update(known)
+    lists["train"] = lists["train_aug"]
+    photos.mkdir(exist_ok=True)
+    for split in splits:
+        if not (photos / split).is_symlink():
+            (photos / split).symlink_to(f"../{split}")
+    for name, lines in {"classes": classes, "labels": (" ".join([id, *names]) for id, names in labels.items()),
+                        **{f"ImageSets/Segmentation/{name}": ids for name, ids in lists.items()}}.items():
+        write_lines(root / f"{name}.txt", lines)
+    dataset = DataSet(root)
+    for name in COCO_SPLITS:
+        print(f"{name}: {images_a_class(dataset, dataset.labels(dataset.ids(name)))}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # a child's would start from its parent's
+    print(f"peak memory {peak:.1f} GiB, without the workers' own")
+    check_sizes(root, lists, COCO_SIZES, "COCO 2014")
 
 
 # ---------------------------------------------------------------- toy set: animals with one shared body, told apart by head and tail
@@ -1092,7 +1218,7 @@ def toy(args):
     texts = {"labels": labels, "classes": TOY_CLASSES, **{f"ImageSets/Segmentation/{name}": split for name, split in
                                                           (("train_aug", train), ("train", train), ("val", val))}}
     for name, lines in texts.items():
-        write(args.root / f"{name}.txt", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+        write_lines(args.root / f"{name}.txt", lines)
     write_json(made, settings)
     print(f"{args.root}: {len(train)} train, {len(val)} val pictures")
 
@@ -1106,7 +1232,8 @@ def main():
     parser = commands.add(export, "our seeds for other people's code")
     parser.add_argument("--to", type=Path, required=True, help="folder to write ID/CLASS.npy into")
     commands.add(check, "look for what would break a stage")
-    for function, help in ((toy, "draw the toy set"), (voc, "prepare PASCAL VOC 2012"), (mean, "mean and deviation over runs")):
+    for function, help in ((toy, "draw the toy set"), (voc, "prepare PASCAL VOC 2012"), (coco, "prepare MS COCO 2014"),
+                           (mean, "mean and deviation over runs")):
         parser = commands.commands.add_parser(function.__name__, help=help, description=function.__doc__)
         parser.set_defaults(function=function)
         if function is toy:
@@ -1117,6 +1244,9 @@ def main():
         elif function is voc:
             parser.add_argument("--root", type=Path, required=True, help="the devkit's VOC2012 folder, or where to download to")
             parser.add_argument("--sbd", type=Path, help="folder with SBD's train.txt and val.txt")
+        elif function is coco:
+            parser.add_argument("--root", type=Path, required=True, help="folder with train2014, val2014 and annotations")
+            parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that draw the masks")
         else:
             parser.add_argument("outs", type=Path, nargs="+", metavar="OUT", help="folders with results.json")
     commands.run()
