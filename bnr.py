@@ -9,6 +9,7 @@
 """
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -82,6 +83,12 @@ def attend(qks, maps):
             total = total + F.scaled_dot_product_attention(q, k, v)[:, :, 1:, :part.shape[1]].float().mean(1)
         out.append(total.transpose(1, 2))  # (B, up to D/H classes, N)
     return torch.cat(out, dim=1).view(B, K, h, w)
+
+
+def attention_entropy(qks):
+    """Mean entropy of the rows of eq. 2 over that of a uniform row, log(1+N): at 1, M* is a flat average. -> (blocks,)"""
+    rows = [torch.special.entr(attention(q.float(), k.float())).sum(-1) for q, k in qks]
+    return torch.stack([r.mean() / math.log(r.shape[-1]) for r in rows])
 
 
 class _ProductAndSums(torch.autograd.Function):
@@ -215,9 +222,24 @@ def train(args):
     model = build(args, len(dataset.classes))
     stage.start()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    watched = torch.stack([square(args)(data.read_image(dataset.image(id))) for id in ids[:8]]).to(args.device)
+
+    @torch.inference_mode()
+    def watch():
+        model.eval()
+        with data.autocast(args):
+            entropy = attention_entropy(model(watched)[2]).tolist()
+        stage.record.setdefault("entropy", []).append(entropy)
+        return f"entropy of the attention {sum(entropy) / len(entropy):.4f} of uniform (blocks {min(entropy):.4f} to {max(entropy):.4f})"
+
     data.fit(stage, model, optimizer, batches, lambda images, y: loss_of(model, images, y, args.loss, args.noise),
-             steps=args.epochs * len(batches))
+             steps=args.epochs * len(batches), watch=watch)
     stage.finish(map=evaluate(model, dataset, args))
+
+
+def square(args):
+    """PIL photo -> float32 (3, crop, crop), resized"""
+    return v2.Compose([v2.Resize((args.crop, args.crop), v2.InterpolationMode.BICUBIC), data.to_tensor()])
 
 
 @torch.inference_mode()
@@ -227,7 +249,7 @@ def evaluate(model, dataset, args):
     if not ids:
         return None
     labels, scores = dataset.labels(ids), []
-    prepare = v2.Compose([v2.Resize((args.crop, args.crop), v2.InterpolationMode.BICUBIC), data.to_tensor()])
+    prepare = square(args)
     model.eval()
     for images in data.loader(data.Images(dataset.image, ids, lambda id, image: prepare(image)), args.batch_size, args, False):
         with data.autocast(args):
@@ -259,8 +281,8 @@ def export(model, images, args):
 def cams(args):
     """Export the seeds of every photo that a later stage reads -> OUT/cams/ID.npz"""
     dataset = data.DataSet(args.data)
-    ids = list(dict.fromkeys(dataset.ids("train_aug") + dataset.ids("train", required=False)))
-    stage = data.Stage(args, "cams", reads=() if args.weights else ("classifier",), without=("batch_size", "arch", "crop"))
+    ids = dataset.ids(args.split) if args.split else list(dict.fromkeys(dataset.ids("train_aug") + dataset.ids("train", required=False)))
+    stage = data.Stage(args, "cams", reads=() if args.weights else ("classifier",), without=("batch_size", "arch", "crop", "split"))
     todo = stage.todo({id: args.out / "cams" / f"{id}.npz" for id in ids})
     if stage.is_done(todo):
         return
@@ -385,6 +407,7 @@ def main():
         parser.add_argument("--long-side", type=int, nargs=2, default=(320, 640), help="range of the longer side, pixels")
     for parser in (both[cams], both[ablation]):
         parser.add_argument("--weights", type=Path, help="a TransCAM classifier instead of OUT/classifier.pth")
+        parser.add_argument("--split", help="list to export, to be scored alone (default: all photos that later stages read)")
         parser.add_argument("--scales", type=float, nargs="+", default=(0.5, 1.0, 1.5), help="of the crop")
         parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=False, help="export plain CAMs (M) too")
     both[ablation].set_defaults(flags={f.__name__: list(vars(both[f].parse_args([]))) for f in (train, cams)})

@@ -582,20 +582,32 @@ def place(model, args, channels_last=True):
     return model.to(args.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
-def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 1.0):
+def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 1.0, watch=None):
     """Train to `steps` optimizer steps, an epoch of `batches` at a time; a checkpoint each epoch, from which a rerun goes on.
 
-    loss_of(*batch on the device) -> scalar; schedule(share of steps done) -> factor on each group's learning rate.
+    loss_of(*batch on the device) -> scalar; schedule(share of steps done) -> factor on each group's learning rate;
+    watch() -> what to print before the first and after each epoch.
     """
     args, record, path, step = stage.args, stage.record, stage.args.out / f"{stage.name}.pth", 0
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp and amp_dtype(args.device) == torch.float16)
+    images = batches.batch_size
+
+    def save():
+        if watch:
+            tqdm.write(f"{stage.name}: step {step} of {steps}: {watch()}")
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "id": record["id"],
+                 "settings": record["settings"]}
+        write(path, lambda file: torch.save(state, file))
+        stage.save()
+
     if path.is_file() and (saved := read_weights(path, quiet=True)).get("id") == record["id"]:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp and amp_dtype(args.device) == torch.float16)
-    images = batches.batch_size
+    else:
+        save()
     bar = tqdm(total=steps * images, initial=step * images, desc=stage.name, unit="img", smoothing=0.05)
     while step < steps:
         # Each epoch has its own random numbers, so that a run resumed between epochs equals one that never stopped.
@@ -621,10 +633,7 @@ def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 
                 break
         if not torch.isfinite(total):
             raise InputError(f"the loss of {stage.name} is {total.item()} at step {step} of {steps}: try a lower --lr, or --no-amp")
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "id": record["id"],
-                 "settings": record["settings"]}
-        write(path, lambda file: torch.save(state, file))
-        stage.save()
+        save()
     bar.close()
 
 
