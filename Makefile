@@ -10,12 +10,24 @@ ENV     := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 TOY     := $(if $(filter data/toy,$(DATA)),data/toy/toy.json)
 COMMON  := --data $(DATA) --out $(OUT) --preset $(PRESET) --seed $(SEED) $(if $(DEVICE),--device $(DEVICE))
 SCRATCH := $(if $(FROM_SCRATCH),--from-scratch)
-START   := $(SCRATCH) $(if $(CONFORMER),--pretrained $(CONFORMER)) $(if $(PARTIAL),--partial)
+START   := $(SCRATCH) $(if $(CONFORMER),--pretrained $(CONFORMER)) $(if $(PARTIAL),--partial) $(if $(ARCH),--arch $(ARCH)) \
+           $(if $(CROP),--crop $(CROP)) $(if $(LONG_SIDE),--long-side $(LONG_SIDE)) $(if $(EPOCHS),--epochs $(EPOCHS))
 PICK    := $(if $(IDS),--ids $(IDS)) --first $(if $(IDS),$(words $(IDS)),4)
 BACK    := $(SCRATCH) $(if $(RESNET38),--resnet38 $(RESNET38)) $(if $(BACKBONE),--backbone $(BACKBONE))
 
+# Runs of `make results`, made where their results.json is missing; ROW is that of the run in hand.
+ROWS    ?= transcam no-noise noise-x1 noise-x2
+FURTHER ?= transcam noise-x1
+RUNS    := $(foreach s,$(SEEDS),$(foreach r,$(ROWS),$(OUT)/rows/$r-seed$s/results.json)) $(OUT)/rows/untrained-seed0/results.json
+ROW      = $(firstword $(subst -seed, ,$*))
+FLAGS_transcam  := --loss transcam
+FLAGS_no-noise  := --loss bnr --noise none
+FLAGS_noise-x1  := --loss bnr --noise 1
+FLAGS_noise-x2  := --loss bnr --noise 2
+FLAGS_untrained := --epochs 0
+
 .NOTPARALLEL:
-.PHONY: help train cams psa seg eval show ablation check coco test bench clean
+.PHONY: help train cams psa seg eval show results check coco test bench clean
 
 help:
 	@echo "make train cams psa seg eval   image labels to segmenter on the toy set, then the table"
@@ -26,12 +38,13 @@ help:
 	@echo "  seg       segmenter and its masks of val  -> OUT/segmentation/"
 	@echo "  eval      one table of all stages         -> OUT/results.json"
 	@echo "  show      one picture of all stages       -> OUT/show.png, of IDS or the first four"
-	@echo "  ablation  Table 5 over SEEDS              -> OUT/ablation/"
+	@echo "  results   all that for ROWS of Table 5 and SEEDS, FURTHER rows through psa and seg -> OUT/rows/, README's tables"
 	@echo "  check     what in DATA would break a stage"
 	@echo "  coco      makes DATA, with train2014, val2014 and annotations in it, a data set"
 	@echo "  bench     plain forms against ours: seconds, memory, bytes; BENCH_FLAGS=--quick"
-	@echo "DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) SEED=$(SEED) SEEDS=$(SEEDS) PYTHON=$(PYTHON)"
+	@echo "DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) SEED=$(SEED) SEEDS='$(SEEDS)' PYTHON=$(PYTHON)"
 	@echo "CONFORMER=FILE RESNET38=FILE: ImageNet weights; FROM_SCRATCH=1 PARTIAL=1 BACKBONE=resnet50 DEVICE=cpu"
+	@echo "ARCH=small CROP=224 LONG_SIDE='140 280' EPOCHS=10: of the classifier"
 	@echo "TRAIN_FLAGS CAMS_FLAGS LABELS_FLAGS AFFINITY_FLAGS WALK_FLAGS SEG_FLAGS PREDICT_FLAGS: more flags of a script"
 
 # pydensecrf2 is compiled with the newest Cython: the one that its isolated build pins fails on Python 3.13.
@@ -66,8 +79,13 @@ show: $(ENV) $(TOY)
 	$(PYTHON) segment.py predict $(COMMON) $(PREDICT_FLAGS) --split train $(PICK)
 	$(PYTHON) bnr.py show $(COMMON) $(PICK)
 
-ablation: $(ENV) $(TOY)
-	$(PYTHON) bnr.py ablation $(COMMON) $(START) $(TRAIN_FLAGS) $(CAMS_FLAGS) --seeds $(SEEDS)
+results: $(RUNS)
+	$(PYTHON) data.py report $(COMMON) --seeds $(SEEDS) --readme README.md
+
+$(OUT)/rows/%/results.json:
+	$(MAKE) train cams $(if $(filter $(FURTHER),$(ROW)),psa seg) eval OUT=$(@D) SEED=$(lastword $(subst -seed, ,$*)) \
+	  TRAIN_FLAGS="$(TRAIN_FLAGS) $(FLAGS_$(ROW))" CAMS_FLAGS="$(CAMS_FLAGS) --plain $(if $(filter $(FURTHER),$(ROW)),,--split train)"
+	$(PYTHON) bnr.py show $(COMMON) --out $(@D) --first 24
 
 check: $(ENV) $(TOY)
 	$(PYTHON) data.py check --data $(DATA)

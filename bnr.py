@@ -3,12 +3,10 @@
     python bnr.py train     DATA's photos and image labels -> OUT/classifier.pth
     python bnr.py cams      OUT/classifier.pth             -> OUT/cams/ID.npz, the seeds
     python bnr.py show      all stages' files              -> OUT/show.png
-    python bnr.py ablation  Table 5's rows over seeds      -> OUT/ablation/ROW-seedN/
 
---loss transcam is the baseline (TransCAM), --loss bnr the paper's; --noise 1, 2, none are the columns of Table 5.
+--loss transcam is the baseline (TransCAM), --loss bnr the paper's; --noise 1, 2, none are the columns of Table 5: `make results`.
 """
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -29,7 +27,6 @@ PRESETS = {  # defaults that differ from the published VOC setting, which is tha
 }
 HEADS = ("conv_cls_head", "trans_cls_head")
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 25}  # elements of A made at a time
-ROWS = {"transcam": ("transcam", "1"), "no noise": ("bnr", "none"), "noise x1": ("bnr", "1"), "noise x2": ("bnr", "2")}
 
 
 # ---------------------------------------------------------------- equations
@@ -315,7 +312,7 @@ def cams(args):
     stage.finish()
 
 
-# ---------------------------------------------------------------- pictures and Table 5
+# ---------------------------------------------------------------- pictures
 
 def heat(photo, classes, maps, colours):
     """The photo, darkened, with each class map in its class's colour. photo: uint8 (3, H, W), maps: (k, H, W) -> the same"""
@@ -358,63 +355,33 @@ def show(args):
     print(f"photo | ground truth | plain CAM | seed | pseudo label | segmentation -> {out / 'show.png'}")
 
 
-def ablation(args):
-    """Table 5: classifier and seeds for the baseline and three losses, over --seeds; prints mean and deviation."""
-    dataset = data.DataSet(args.data)
-    ids = dataset.ids("train")
-    results = {name: [] for name in ROWS}
-    for seed in args.seeds:
-        for name, (loss, noise) in ROWS.items():
-            own = (loss, noise, seed) == ("bnr", "1", args.seed)  # the row that `make train cams` itself makes
-            out = args.out if own else args.out / "ablation" / f"{name.replace(' ', '-')}-seed{seed}"
-            run = {**vars(args), "loss": loss, "noise": noise, "seed": seed, "out": out}
-            torch.manual_seed(seed)
-            for command in (train, cams):  # each with the flags that are its own, so that what it did before counts as done
-                command(argparse.Namespace(**{k: run[k] for k in args.flags[command.__name__]}))
-            classifier = json.loads((out / "classifier.json").read_text())
-            rows = [{"stage": "classifier", "split": "val", "map": classifier["map"]}]
-            for kind in (["plain"] if args.plain else []) + ["refined"]:
-                scored = data.score_seeds(dataset, ids, out / "cams", args.workers, kind)
-                rows.append({"stage": f"{kind} seeds", "split": "train", **scored})
-            results[name].append(rows)
-    data.write_json(args.out / "ablation.json", {"seeds": list(args.seeds), **results})
-    for name, runs in results.items():
-        print(f"\n{name}", end="")
-        data.print_means(runs)
-
-
 def main():
     commands = data.Commands(__doc__, PRESETS)
-    both = {}
-    for function, help in ((train, "train the classifier"), (cams, "export the seeds"), (ablation, "Table 5's rows over seeds"),
-                           (show, "draw all stages of some photos in rows")):
-        both[function] = commands.add(function, help)
-    for parser in (both[train], both[cams], both[ablation]):
+    both = commands.add(train, "train the classifier"), commands.add(cams, "export the seeds")
+    for parser in both:
         parser.add_argument("--arch", choices=ARCHS, default="small", help="Conformer; small is the paper's")
         parser.add_argument("--crop", type=int, default=512, help="side of the square training crops, pixels")
         parser.add_argument("--batch-size", type=int, default=8, help="photos a step")
-    for parser in (both[train], both[ablation]):
-        if parser is both[train]:
-            parser.add_argument("--loss", choices=("bnr", "transcam"), default="bnr", help="eq. 9, or the baseline's L_cls alone")
-            parser.add_argument("--noise", choices=("1", "2", "none"), default="1", help="factor of eq. 6; none: M* itself in the loss")
-        parser.add_argument("--pretrained", type=Path, help="ImageNet weights, Conformer_ARCH_patch16.pth")
-        parser.add_argument("--partial", action=argparse.BooleanOptionalAction, default=False, help="--pretrained may lack tensors")
-        parser.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False, help="start without weights")
-        parser.add_argument("--sharpness", type=float, default=60.0, help="logit a token gives itself in fresh blocks; 0: uniform start")
-        parser.add_argument("--epochs", type=int, default=22, help="passes over train_aug")
-        parser.add_argument("--lr", type=float, default=5e-5, help="of AdamW, constant")
-        parser.add_argument("--weight-decay", type=float, default=5e-4, help="on every parameter")
-        parser.add_argument("--long-side", type=int, nargs=2, default=(320, 640), help="range of the longer side, pixels")
-    for parser in (both[cams], both[ablation]):
-        parser.add_argument("--weights", type=Path, help="a TransCAM classifier instead of OUT/classifier.pth")
-        parser.add_argument("--split", help="list to export, to be scored alone (default: all photos that later stages read)")
-        parser.add_argument("--scales", type=float, nargs="+", default=(0.5, 1.0, 1.5), help="of the crop")
-        parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=False, help="export plain CAMs (M) too")
-    both[ablation].set_defaults(flags={f.__name__: list(vars(both[f].parse_args([]))) for f in (train, cams)})
-    both[ablation].add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="one run of each row a seed")
-    both[show].add_argument("--ids", nargs="+", help="photos to draw (default: train, or train_aug without it)")
-    both[show].add_argument("--first", type=int, default=4, help="only so many of them")
-    both[show].add_argument("--height", type=int, default=120, help="of a row, pixels")
+    parser = both[0]
+    parser.add_argument("--loss", choices=("bnr", "transcam"), default="bnr", help="eq. 9, or the baseline's L_cls alone")
+    parser.add_argument("--noise", choices=("1", "2", "none"), default="1", help="factor of eq. 6; none: M* itself in the loss")
+    parser.add_argument("--pretrained", type=Path, help="ImageNet weights, Conformer_ARCH_patch16.pth")
+    parser.add_argument("--partial", action=argparse.BooleanOptionalAction, default=False, help="--pretrained may lack tensors")
+    parser.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False, help="start without weights")
+    parser.add_argument("--sharpness", type=float, default=60.0, help="logit a token gives itself in fresh blocks; 0: uniform start")
+    parser.add_argument("--epochs", type=int, default=22, help="passes over train_aug")
+    parser.add_argument("--lr", type=float, default=5e-5, help="of AdamW, constant")
+    parser.add_argument("--weight-decay", type=float, default=5e-4, help="on every parameter")
+    parser.add_argument("--long-side", type=int, nargs=2, default=(320, 640), help="range of the longer side, pixels")
+    parser = both[1]
+    parser.add_argument("--weights", type=Path, help="a TransCAM classifier instead of OUT/classifier.pth")
+    parser.add_argument("--split", help="list to export, to be scored alone (default: all photos that later stages read)")
+    parser.add_argument("--scales", type=float, nargs="+", default=(0.5, 1.0, 1.5), help="of the crop")
+    parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=False, help="export plain CAMs (M) too")
+    parser = commands.add(show, "draw all stages of some photos in rows")
+    parser.add_argument("--ids", nargs="+", help="photos to draw (default: train, or train_aug without it)")
+    parser.add_argument("--first", type=int, default=4, help="only so many of them")
+    parser.add_argument("--height", type=int, default=120, help="of a row, pixels")
     commands.run()
 
 

@@ -6,7 +6,7 @@
     python data.py check --data DIR             counts, and what would break a stage
     python data.py eval  --data DIR --out OUT   scores every stage found in OUT, writes OUT/results.json
     python data.py eval  --masks DIR            scores anybody's index PNGs; --seeds DIR class maps
-    python data.py mean  OUT [OUT ...]          mean and standard deviation over runs (seeds)
+    python data.py report --out OUT             tables over the rows and seeds of "make results"
     python data.py export --out OUT --to DIR    our seeds as DIR/ID/CLASS.npy, float32 (H, W) in [0, 1]
 
 A data set is a folder in PASCAL VOC layout: JPEGImages/ID.jpg, SegmentationClass/ID.png (for scoring only),
@@ -19,10 +19,12 @@ import hashlib
 import json
 import math
 import os
+import platform
 import random
 import sys
 import time
 import uuid
+import zlib
 import xml.etree.ElementTree as ElementTree
 from array import array
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -474,11 +476,19 @@ def pick_device(name):
     if name and name.startswith("cuda") and not usable:
         raise InputError(f"--device {name}: torch {torch.__version__} finds no usable GPU")
     device = torch.device(name or ("cuda" if usable else "cpu"))
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"device: {device} ({what})", flush=True)
+    print(f"device: {device} ({device_name(device)})", flush=True)
     if not usable and Path("/proc/driver/nvidia/version").exists():
         print(f"warning: a GPU is there, but torch {torch.__version__} cannot use it: compare its CUDA version with the driver's")
     return device
+
+
+def device_name(device):
+    """-> the card's name, or the processor's and how many threads of it torch uses"""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.is_file() else []
+    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def settings_of(args, *without):
@@ -534,7 +544,7 @@ class Stage:
         write_json(self.path, self.record)
 
     def finish(self, **results):
-        self.record.update(results, done=True, device=str(self.args.device))
+        self.record.update(results, done=True, device=device_name(self.args.device))
         self.save()
         print(f"{self.name}: {self.record['seconds']:.0f} s -> {self.args.out / self.name}", flush=True)
 
@@ -710,6 +720,14 @@ def _score_seeds(mask_path, folder, id, names, kind):
     return confusion_over_thresholds(mask, classes, cams, 1 + len(names)), 0, 0
 
 
+def _score_floor(mask_path, id, classes, num_classes):
+    """Seeds at random, of the photo's own labels, at THRESHOLDS; last background everywhere. -> (61, S, S)"""
+    mask = read_mask_within(mask_path, num_classes)
+    maps = np.random.RandomState(zlib.crc32(id.encode())).rand(len(classes), 16, 16)
+    at_random = confusion_over_thresholds(mask, classes, combine_scales([torch.from_numpy(maps).float()], mask.shape).numpy(), num_classes)
+    return np.concatenate([at_random, confusion(mask, np.zeros_like(mask), num_classes)[None]]), 0, 0
+
+
 def _score_mask(mask_path, folder, id, names):
     path, num_classes = folder / f"{id}.png", 1 + len(names)
     if not path.is_file():
@@ -721,19 +739,20 @@ def _score_mask(mask_path, folder, id, names):
     return confusion(mask, prediction, num_classes), int((seen & (prediction != VOID)).sum()), int(seen.sum())
 
 
-def score(dataset, ids, folder, workers, what, name=None):
-    """One int64 confusion matrix over `ids` (60 of them for seeds, `name` given) and the share of pixels covered."""
+def score(work, dataset, ids, workers, what, *more):
+    """Sum over `ids` of what `work(mask path, *more)` counts: confusion matrices, and the share of pixels covered.
+
+    more: values, or functions that make them of the id
+    """
     require([dataset.mask(id) for id in ids])
-    work, more = (_score_seeds, (name,)) if name else (_score_mask, ())
-    jobs = ((dataset.mask(id), folder, id, dataset.classes, *more) for id in ids)
+    jobs = ((dataset.mask(id), *(x(id) if callable(x) else x for x in more)) for id in ids)
     parts = in_processes(work, jobs, workers if len(ids) > 1000 else 0, len(ids), what)  # a pool takes seconds to start
     matrix, covered, seen = (sum(column) for column in zip(*parts))
     return matrix, covered / max(seen, 1)
 
 
-def score_seeds(dataset, ids, folder, workers, name):
-    """The row of the table for seeds: mIoU at the best of THRESHOLDS, and the whole curve."""
-    matrices, _ = score(dataset, ids, folder, workers, f"{name} seeds", name)
+def best_of(matrices):
+    """The row of the table for confusion matrices (60, S, S) at THRESHOLDS: the best mIoU, and the whole curve."""
     each = iou(matrices)  # (60, S)
     curve = np.nanmean(each, 1)
     best = int(curve.argmax())
@@ -741,8 +760,20 @@ def score_seeds(dataset, ids, folder, workers, name):
             "miou": 100 * float(curve[best]), "curve": (100 * curve).tolist()}
 
 
+def score_seeds(dataset, ids, folder, workers, name):
+    return best_of(score(_score_seeds, dataset, ids, workers, f"{name} seeds", folder, str, dataset.classes, name)[0])
+
+
+def score_floor(dataset, ids, workers):
+    """-> the rows of seeds at random and of background everywhere"""
+    own = {id: row.nonzero()[:, 0].numpy() + 1 for id, row in zip(ids, dataset.labels(ids))}
+    matrices, _ = score(_score_floor, dataset, ids, workers, "floor", str, own.get, dataset.num_classes)
+    each = iou(matrices[-1])
+    return best_of(matrices[:-1]), {"iou": each.tolist(), "miou": 100 * float(np.nanmean(each))}
+
+
 def score_masks(dataset, ids, folder, workers, what, threshold, crf):
-    matrix, coverage = score(dataset, ids, folder, workers, what)
+    matrix, coverage = score(_score_mask, dataset, ids, workers, what, folder, str, dataset.classes)
     each = iou(matrix)
     return {"threshold": threshold, "crf": crf, "iou": each.tolist(), "miou": 100 * float(np.nanmean(each)), "coverage": coverage}
 
@@ -775,7 +806,12 @@ def evaluate(args):
             rows.append({"stage": stage, "split": split, "n": len(ids), "note": why})
 
     if "classifier" in done:
-        rows.append({"stage": "classifier", "split": "val", "n": len(val), "note": "mAP", "map": have["classifier"].get("map")})
+        last = have["classifier"].get("entropy", [[]])[-1]
+        rows.append({"stage": "classifier", "split": "val", "n": len(val), "note": "mAP", "map": have["classifier"].get("map"),
+                     "entropy": sum(last) / len(last) if last else None})
+    if masks and train:
+        for name, scored in zip(("random seeds", "background"), score_floor(dataset, train, args.workers)):
+            rows.append({"stage": name, "split": "train", "n": len(train), **scored})
     if done.get("cams", {}).get("plain"):
         add("plain CAM", "train", train, "cams", lambda s: score_seeds(dataset, train, args.out / "cams", args.workers, "plain"))
     add("refined seeds", "train", train, "cams", lambda s: score_seeds(dataset, train, args.out / "cams", args.workers, "refined"))
@@ -786,7 +822,8 @@ def evaluate(args):
     add("segmenter", "val", val, "segmentation", lambda s: score_masks(
         dataset, val, args.out / "segmentation", args.workers, "segmenter", "-", "yes" if s["crf"] else "no"))
     write_json(args.out / "results.json", {
-        "data": dataset.root.name, "classes": ["background", *dataset.classes], "rows": rows, "device": str(args.device),
+        "data": dataset.root.name, "classes": ["background", *dataset.classes], "rows": rows,
+        "devices": sorted({record["device"] for record in have.values() if record["done"]}),
         "seconds": {name: record["seconds"] for name, record in have.items()},
         "settings": done})
     print_table(rows, ["background", *dataset.classes])
@@ -832,24 +869,68 @@ def print_table(rows, classes):
         print()
 
 
-def print_means(runs):
-    """Mean and standard deviation (n - 1) of each stage over the rows of several results.json."""
-    print(f"\n{'stage':16} {'split':6} {'runs':>4}  {'mean':>6}  {'std':>5}  values")
-    for row in runs[0]:
-        same = [r for rows in runs for r in rows if (r["stage"], r["split"]) == (row["stage"], row["split"])]
-        values = [r["miou"] if "miou" in r else 100 * r["map"] for r in same if "miou" in r or r.get("map") is not None]
-        if values:
-            std = f"{np.std(values, ddof=1):5.2f}" if len(values) > 1 else "    -"
-            print(f"{row['stage']:16} {row['split']:6} {len(values):4}  {np.mean(values):6.2f}  {std}  "
-                  + " ".join(f"{v:.2f}" for v in values) + (" (mAP)" if "map" in row else ""))
+def report(args):
+    """Mean, deviation (n - 1) and values over the seeds of each row in OUT/rows/ROW-seedN/results.json, as Markdown.
 
+    Runs that are not there are named. Runs whose settings differ in more than loss, noise and seed are refused.
+    """
+    folder, runs = args.out / "rows", {}
+    for path in sorted(folder.glob("*-seed*/results.json")):
+        row, _, seed = path.parent.name.rpartition("-seed")
+        runs.setdefault(row, {})[int(seed)] = json.loads(path.read_text())
+    if not runs:
+        raise InputError(f'no ROW-seedN/results.json in {folder}: run "make results"')
+    own = {"loss", "noise", "seed", "split", *(["epochs"] if "untrained" in runs else [])}
+    settings = {}
+    for row, seeds in runs.items():
+        for seed, run in seeds.items():
+            for stage, flags in run["settings"].items():
+                for flag, value in flags.items():
+                    value = Path(value).name if isinstance(value, str) else value  # a folder may lie elsewhere
+                    first = settings.setdefault(stage, {}).setdefault(flag, (value, f"{row}-seed{seed}"))
+                    if flag not in own and value != first[0]:
+                        raise InputError(f"{folder}: {stage} had --{flag} {value} in {row}-seed{seed}, {first[0]} in {first[1]}: not one table")
 
-def mean(args):
-    """Mean and standard deviation of results.json over several runs."""
-    missing = [str(out) for out in args.outs if not (out / "results.json").is_file()]
-    if missing:
-        raise InputError(f'no results.json in {missing[0]}: run "make eval" with OUT={missing[0]}')
-    print_means([json.loads((out / "results.json").read_text())["rows"] for out in args.outs])
+    def cell(row, stage, key="miou", digits=2, scale=1):
+        found = [r[key] * scale for run in runs.get(row, {}).values() for r in run["rows"] if r["stage"] == stage and r.get(key) is not None]
+        if len(found) < 2:
+            return f"{found[0]:.{digits}f}" if found else "-" if row in runs and stage == "classifier" else "not run"
+        return f"{np.mean(found):.{digits}f} ± {np.std(found, ddof=1):.{digits}f} ({', '.join(f'{v:.{digits}f}' for v in found)})"
+
+    names = [*args.rows, *(row for row in runs if row not in args.rows)]
+    columns = "row", "seeds", "mAP, val", "entropy", "plain CAM", "refined seeds", "pseudo labels", "segmenter, val", "hours"
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in names:
+        have = sorted(runs.get(row, {}))
+        missing = [s for s in args.seeds if s not in have] if row != "untrained" else []
+        seeds = ", ".join(map(str, have)) + (f" ({', '.join(map(str, missing))} not run)" if missing else "")
+        hours = sum(sum(run["seconds"].values()) for run in runs.get(row, {}).values()) / 3600
+        lines.append("| " + " | ".join([
+            row, seeds, cell(row, "classifier", "map", scale=100), cell(row, "classifier", "entropy", 3),
+            *(cell(row, stage) for stage in ("plain CAM", "refined seeds", "pseudo labels", "segmenter")), f"{hours:.2f}"]) + " |")
+    one = next(iter(next(iter(runs.values())).values()))
+    for r in one["rows"]:
+        if r["stage"] in ("random seeds", "background"):
+            lines.append(f"| {r['stage']} | | | | | {r['miou']:.2f} | | | |")
+    shown = range(5, len(THRESHOLDS), 10)
+    lines += ["", "mIoU of the refined seeds over thresholds, mean over the seeds:", "",
+              "| row | " + " | ".join(f"{THRESHOLDS[t]:.2f}" for t in shown) + " |", "|---" * (1 + len(shown)) + "|"]
+    for row in names:
+        curves = [r["curve"] for run in runs.get(row, {}).values() for r in run["rows"] if r["stage"] == "refined seeds" and "curve" in r]
+        if curves:
+            lines.append(f"| {row} | " + " | ".join(f"{v:.2f}" for v in np.mean(curves, 0)[shown]) + " |")
+    lines += ["", f"On {', '.join(sorted({d for seeds in runs.values() for run in seeds.values() for d in run['devices']}))}. Settings:"]
+    lines += [f"`{stage}` " + " ".join(f"{flag}={value}" for flag, (value, _) in flags.items() if flag not in {*own, "data"}) + "."
+              for stage, flags in settings.items()]
+    text = "\n".join(lines)
+    print(text)
+    if args.readme:
+        begin, end = f"<!-- rows of {args.data.name} -->\n", f"\n<!-- end of {args.data.name} -->"
+        before, found, rest = args.readme.read_text().partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise InputError(f"{args.readme} has no lines {begin.strip()} and {end.strip()} to write the tables between")
+        write(args.readme, lambda file: file.write((before + begin + text + end + after).encode()))
 
 
 def images_a_class(dataset, labels):
@@ -1240,9 +1321,12 @@ def main():
     parser.add_argument("--split", default="train", help="list that --masks or --seeds is scored on")
     parser = commands.add(export, "our seeds for other people's code")
     parser.add_argument("--to", type=Path, required=True, help="folder to write ID/CLASS.npy into")
+    parser = commands.add(report, "mean and deviation over the seeds of all rows")
+    parser.add_argument("--rows", nargs="+", default=["transcam", "no-noise", "noise-x1", "noise-x2", "untrained"], help="rows to list first")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="missing ones are named")
+    parser.add_argument("--readme", type=Path, help="write the tables into this file too, between <!-- rows of NAME --> and <!-- end of NAME -->")
     commands.add(check, "look for what would break a stage")
-    for function, help in ((toy, "draw the toy set"), (voc, "prepare PASCAL VOC 2012"), (coco, "prepare MS COCO 2014"),
-                           (mean, "mean and deviation over runs")):
+    for function, help in ((toy, "draw the toy set"), (voc, "prepare PASCAL VOC 2012"), (coco, "prepare MS COCO 2014")):
         parser = commands.commands.add_parser(function.__name__, help=help, description=function.__doc__)
         parser.set_defaults(function=function)
         if function is toy:
@@ -1253,11 +1337,9 @@ def main():
         elif function is voc:
             parser.add_argument("--root", type=Path, required=True, help="the devkit's VOC2012 folder, or where to download to")
             parser.add_argument("--sbd", type=Path, help="folder with SBD's train.txt and val.txt")
-        elif function is coco:
+        else:
             parser.add_argument("--root", type=Path, required=True, help="folder with train2014, val2014 and annotations")
             parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that draw the masks")
-        else:
-            parser.add_argument("outs", type=Path, nargs="+", metavar="OUT", help="folders with results.json")
     commands.run()
 
 

@@ -437,9 +437,10 @@ def place(model, args):
 
 def make_optimizer(args, model, new, momentum):
     """SGD with the published groups, or AdamW for short trainings from scratch, where SGD learns next to nothing (ours)."""
-    if args.optimizer == "adamw":
+    if args.optimizer == "adamw" and args.from_scratch:
         return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    return torch.optim.SGD(parameter_groups(model, new, args.lr, args.weight_decay), args.lr, momentum)
+    groups = parameter_groups(model, new, args.lr, args.weight_decay)
+    return torch.optim.AdamW(groups) if args.optimizer == "adamw" else torch.optim.SGD(groups, args.lr, momentum)
 
 
 def train(args):

@@ -92,6 +92,11 @@ def test_attend_equals_the_plain_equations_with_gradients(classes):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_entropy_of_uniform_attention_is_one_and_of_a_choice_zero():
+    same, apart = torch.ones(1, 2, 5, 8), 100 * F.pad(torch.eye(5), (0, 3)).expand(1, 2, 5, 8)
+    assert bnr.attention_entropy([(same, same), (apart, apart)]).tolist() == pytest.approx([1, 0], abs=1e-6)
+
+
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 20])  # one row of A at a time, the last slice shorter, all rows at once
 def test_noisy_logits_equal_the_plain_equations_with_gradients(monkeypatch, chunk):
     monkeypatch.setitem(bnr.CHUNK, "cpu", chunk)

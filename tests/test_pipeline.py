@@ -2,12 +2,14 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_process
+from conftest import ROOT, run, run_process
 from PIL import Image
 
 import data
@@ -59,7 +61,7 @@ def test_every_stage_writes_what_the_next_reads(done):
 def test_table_has_a_row_a_stage_and_the_json_the_same_numbers(done):
     toy, out, said = done
     results = json.loads((out / "results.json").read_text())
-    stages = ["classifier", "plain CAM", "refined seeds", "affinity labels", "pseudo labels", "segmenter"]
+    stages = ["classifier", "random seeds", "background", "plain CAM", "refined seeds", "affinity labels", "pseudo labels", "segmenter"]
     assert [row["stage"] for row in results["rows"]] == stages
     for row in results["rows"][1:]:
         assert f"{row['miou']:.2f}" in said["eval"] and len(row["iou"]) == 6
@@ -67,6 +69,30 @@ def test_table_has_a_row_a_stage_and_the_json_the_same_numbers(done):
         assert row["n"] == (8 if row["split"] == "val" else 24)
     assert "0.50/0.15" in said["eval"] and "bg 0.30" in said["eval"] and "looking at the masks" in said["eval"]
     assert "% of pixels that are labelled" in said["eval"]
+
+
+def test_floor_of_background_everywhere_is_its_share_of_the_masks(done):
+    toy, out, _ = done
+    dataset = data.DataSet(toy)
+    masks = np.concatenate([data.read_mask(dataset.mask(id)).ravel() for id in dataset.ids("train")])
+    row = next(r for r in json.loads((out / "results.json").read_text())["rows"] if r["stage"] == "background")
+    assert row["iou"] == pytest.approx([(masks == 0).sum() / (masks != data.VOID).sum(), 0, 0, 0, 0, 0])
+
+
+def test_entropy_of_the_attention_is_logged_before_and_after_each_epoch(done):
+    _, out, said = done
+    entropy = json.loads((out / "classifier.json").read_text())["entropy"]
+    assert np.shape(entropy) == (3, 4) and 0 < np.min(entropy) and np.max(entropy) <= 1  # two epochs, four blocks
+    assert [f"{np.mean(blocks):.4f} of uniform" in said["train"] for blocks in entropy] == [True] * 3
+    row = json.loads((out / "results.json").read_text())["rows"][0]
+    assert row["entropy"] == pytest.approx(np.mean(entropy[-1]))
+
+
+def test_an_untrained_classifier_and_one_list_can_be_exported(toy, tmp_path):
+    flags = ("--data", toy, "--out", tmp_path, *SMALL)
+    run("bnr.py", "train", *flags, *CLASSIFIER, "--epochs", 0)
+    run("bnr.py", "cams", *flags, "--split", "val")
+    assert {p.stem for p in (tmp_path / "cams").iterdir()} == set(data.DataSet(toy).ids("val"))
 
 
 def test_without_masks_the_table_says_so_and_pictures_are_drawn(done):
@@ -148,20 +174,21 @@ def test_one_lost_file_is_made_again_and_no_other(done):
     assert lost.read_bytes() == content and kept.stat().st_mtime_ns == time
 
 
-def test_training_resumed_after_an_epoch_equals_one_that_never_stopped(done, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [0, 3])
+def test_training_resumed_between_epochs_equals_one_that_never_stopped(done, tmp_path, monkeypatch, step):
     toy, out, _ = done
     first, write = tmp_path / "classifier.pth", data.write
     flags = ("--data", toy, "--out", tmp_path, *SMALL, *CLASSIFIER)
 
     def stop(path, save):
         write(path, save)
-        if path == first:
+        if path == first and torch.load(first, weights_only=True)["step"] == step:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "write", stop)
     run("bnr.py", "train", *flags, status=130)
     monkeypatch.undo()
-    assert torch.load(first, weights_only=True)["step"] == 3
+    assert torch.load(first, weights_only=True)["step"] == step
     run("bnr.py", "train", *flags)
     resumed, whole = (torch.load(p, weights_only=True)["model"] for p in (first, out / "classifier.pth"))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
@@ -201,22 +228,42 @@ def test_a_partial_file_needs_partial_and_fresh_blocks_start_sharp(done, tmp_pat
     assert "fresh: " in said and "trans_1" in said and "conv_1 " not in said
 
 
-def test_ablation_prints_table_5s_rows(toy, tmp_path):
-    flags = ("--data", toy, "--out", tmp_path, *SMALL, *CLASSIFIER, "--epochs", 1)
-    run("bnr.py", "train", *flags)
-    said = run("bnr.py", "ablation", *flags, "--seeds", 0, 1)
-    assert "classifier: done already" in said  # the run itself is a row
-    for row in ("transcam", "no noise", "noise x1", "noise x2"):
-        assert f"\n{row}\n" in said
-    assert len(list(tmp_path.glob("ablation/*/cams.json"))) == 7
-    assert said.count("refined seeds    train     2") == 4
+def write_run(folder, miou, noise="1", epochs=1):
+    """A run of `make results` as `data.py eval` leaves it."""
+    rows = [{"stage": "classifier", "split": "val", "map": 0.5, "entropy": 0.25}, {"stage": "background", "split": "train", "miou": 9.0},
+            {"stage": "refined seeds", "split": "train", "miou": miou, "curve": [miou - 1] * 60}]
+    settings = {"classifier": {"noise": noise, "epochs": epochs, "data": f"{folder}/voc6"}}
+    data.write_json(folder / "results.json", {"rows": rows, "settings": settings, "seconds": {"cams": 1800}, "devices": ["card"]})
 
 
-def test_mean_over_runs(done, tmp_path):
-    for n, value in enumerate((50.0, 60.0)):
-        data.write_json(tmp_path / str(n) / "results.json", {"rows": [{"stage": "segmenter", "split": "val", "miou": value}]})
-    assert "55.00   7.07  50.00 60.00" in run("data.py", "mean", tmp_path / "0", tmp_path / "1")
-    assert "make eval" in run("data.py", "mean", tmp_path / "2", status=1)
+def test_report_gives_mean_and_deviation_and_names_what_is_missing(tmp_path):
+    for row, seed, miou in (("transcam", 0, 50.0), ("transcam", 2, 60.0), ("noise-x1", 0, 70.0)):
+        write_run(tmp_path / f"rows/{row}-seed{seed}", miou, noise=row)
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- rows of toy -->\nearlier tables\n<!-- end of toy -->\nbelow\n")
+    flags = ("report", "--data", tmp_path / "toy", "--out", tmp_path, "--readme", readme)
+    said = run("data.py", *flags)
+    assert "| transcam | 0, 2 (1 not run) | 50.00 ± 0.00 (50.00, 50.00) | 0.250 ± 0.000 (0.250, 0.250) | not run | 55.00 ± 7.07 (50.00, 60.00) " in said
+    assert "| noise-x1 | 0 (1, 2 not run) | 50.00 | 0.250 | not run | 70.00 | not run | not run | 0.50 |" in said
+    assert "| noise-x2 |  (0, 1, 2 not run) | not run |" in said and "| background | | | | | 9.00 | | | |" in said
+    assert "| transcam | 54.00 | 54.00 |" in said and "On card. " in said and "`classifier` epochs=1." in said
+    text = readme.read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "earlier" not in text and "55.00 ± 7.07" in text
+    write_run(tmp_path / "rows/noise-x1-seed1", 70.0, epochs=2)
+    assert "--epochs" in run("data.py", *flags, status=1) and readme.read_text() == text  # runs of unlike settings are no table
+    assert "make results" in run("data.py", "report", "--data", tmp_path, "--out", tmp_path / "none", status=1)
+
+
+def test_make_results_runs_rows_and_seeds_that_are_missing(toy, tmp_path):
+    write_run(tmp_path / "rows/transcam-seed0", 50.0)
+    done = subprocess.run(["make", "-n", "results", f"DATA={toy}", f"OUT={tmp_path}", "SEEDS=0 1", "ROWS=transcam noise-x2", "FURTHER=transcam",
+                           f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(sys.executable)]
+    trained = [line for line in lines if "bnr.py train" in line]
+    assert [line.split("/rows/")[1].split()[0] for line in trained] == ["noise-x2-seed0", "transcam-seed1", "noise-x2-seed1", "untrained-seed0"]
+    assert "--noise 2" in trained[0] and "--seed 1" in trained[1] and "--loss transcam" in trained[1] and "--epochs 0" in trained[3]
+    assert sum("segment.py train" in line for line in lines) == 1 and "data.py report" in lines[-1]
 
 
 # ---------------------------------------------------------------- errors: one line, status 1
