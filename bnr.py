@@ -217,6 +217,8 @@ def train(args):
     if stage.is_done():
         return
     model = build(args, len(dataset.classes))
+    if args.recompute:
+        data.recompute(model.stages())
     stage.start()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     watched = torch.stack([square(args)(data.read_image(dataset.image(id))) for id in ids[:8]]).to(args.device)
@@ -229,7 +231,8 @@ def train(args):
         stage.record.setdefault("entropy", []).append(entropy)
         return f"entropy of the attention {sum(entropy) / len(entropy):.4f} of uniform (blocks {min(entropy):.4f} to {max(entropy):.4f})"
 
-    data.fit(stage, model, optimizer, batches, lambda images, y: loss_of(model, images, y, args.loss, args.noise),
+    data.fit(stage, model, optimizer, batches,
+             lambda part, batch: loss_of(model, *part, args.loss, args.noise) * len(part[0]) / len(batch[0]),
              steps=args.epochs * len(batches), watch=watch)
     stage.finish(map=evaluate(model, dataset, args))
 
@@ -301,7 +304,7 @@ def cams(args):
         scaled = [v2.functional.resize(image, [s, s], v2.InterpolationMode.BICUBIC) for s in sizes]
         return id, image.size[::-1], [data.to_tensor()(s) for s in scaled]
 
-    with data.tqdm(total=len(ids), initial=len(ids) - len(todo), desc="cams", unit="img") as bar:
+    with data.Bar(total=len(ids), initial=len(ids) - len(todo), desc="cams", unit="img", writes=args.out / "cams") as bar:
         for names, shapes, images in data.loader(data.Images(dataset.image, todo, item), args.batch_size, args, False):
             maps = export(model, [x.to(args.device) for x in images], args)
             for n, id in enumerate(names):
@@ -373,6 +376,7 @@ def main():
     parser.add_argument("--lr", type=float, default=5e-5, help="of AdamW, constant")
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="on every parameter")
     parser.add_argument("--long-side", type=int, nargs=2, default=(320, 640), help="range of the longer side, pixels")
+    data.add_memory_flags(parser)
     parser = both[1]
     parser.add_argument("--weights", type=Path, help="a TransCAM classifier instead of OUT/classifier.pth")
     parser.add_argument("--split", help="list to export, to be scored alone (default: all photos that later stages read)")

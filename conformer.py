@@ -191,11 +191,15 @@ class Conformer(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(_init)
 
+    def stages(self):
+        """conv_trans_2 to conv_trans_12 (of nano: 4)."""
+        return [self.get_submodule(f"conv_trans_{stage}") for stage in range(2, self.depth + 1)]
+
     def blocks(self):
         """Names and modules of the transformer blocks, first to last."""
         yield "trans_1", self.trans_1
-        for stage in range(2, self.depth + 1):
-            yield f"conv_trans_{stage}.trans_block", self.get_submodule(f"conv_trans_{stage}.trans_block")
+        for stage, module in enumerate(self.stages(), start=2):
+            yield f"conv_trans_{stage}.trans_block", module.trans_block
 
     def forward(self, images):
         if images.shape[2] % STRIDE or images.shape[3] % STRIDE:
@@ -205,8 +209,8 @@ class Conformer(nn.Module):
         tokens = self.trans_patch_conv(stem).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens, qk = self.trans_1(torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1))
         qks = [qk]
-        for stage in range(2, self.depth + 1):
-            x, tokens, qk = self.get_submodule(f"conv_trans_{stage}")(x, tokens)
+        for stage in self.stages():
+            x, tokens, qk = stage(x, tokens)
             qks.append(qk)
         return x, self.trans_norm(tokens[:, 0]), qks
 

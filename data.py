@@ -14,6 +14,7 @@ ImageSets/Segmentation/{train_aug,train,val}.txt, classes.txt (optional, VOC's 2
 from labels.txt ("ID name name ...") or else from Annotations/ID.xml. Or any folder of photos with a labels.txt.
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -21,6 +22,8 @@ import math
 import os
 import platform
 import random
+import resource
+import shutil
 import sys
 import time
 import uuid
@@ -35,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from torch.utils.checkpoint import checkpoint
 from torchvision.datasets import SBDataset
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.datasets.voc import DATASET_YEAR_DICT
@@ -493,7 +497,7 @@ def device_name(device):
 
 def settings_of(args, *without):
     """What a result depends on: the flags, less those that only say where and how fast."""
-    hidden = {"command", "function", "parser", "out", "device", "workers", "preset", "ids", "first", "flags", "amp", *without}
+    hidden = {"command", "function", "parser", "out", "device", "workers", "preset", "ids", "first", "amp", "recompute", *without}
     shown = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in hidden}
     return json.loads(json.dumps(shown))
 
@@ -553,9 +557,49 @@ def write_json(path, value):
     write(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
-def in_processes(work, jobs, workers, total, what):
+class Bar(tqdm):
+    """tqdm that says once, some seconds into a run, what the whole will take: hours, disk, memory.
+
+    writes: the file that the run writes, or the folder of its files, one an item
+    """
+
+    AFTER = 20  # seconds
+
+    def __init__(self, *args, writes=None, initial=0, **kwargs):
+        super().__init__(*args, initial=initial, **kwargs)
+        self.what, self.writes, self.done, self.first, self.told = kwargs["desc"], writes, initial, None, False
+
+    def update(self, n=1):
+        super().update(n)
+        self.done += n
+        self.first = self.first or (time.time(), self.done)  # what comes before the first item is no part of the pace
+        taken, items = time.time() - self.first[0], self.done - self.first[1]
+        if not self.told and items and taken > self.AFTER:
+            self.told = True
+            self.tell(taken / items * (self.total - self.done))
+
+    def tell(self, seconds):
+        line = f"estimate: {seconds / 3600:.2f} h to go, {peak_memory():.1f} GB of memory"
+        if self.writes:
+            one = self.writes.is_file()
+            sizes = [p.stat().st_size for p in ([self.writes] if one else self.writes.rglob("*")) if p.is_file()]
+            whole = sum(sizes) * (1 if one else self.total / max(1, len(sizes)))
+            line += f", {whole / 1e9:.2f} GB of disk"
+            if whole - sum(sizes) > shutil.disk_usage(self.writes).free:
+                line += ", which is more than is free"
+        self.write(f"{self.what}: {line}")
+
+
+def peak_memory():
+    """GB of the card, where there is one in use, or of this process without its workers"""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6 / 1.024)
+
+
+def in_processes(work, jobs, workers, total, what, writes=None):
     """Yield work(*job) of each job, in any order, from a pool of processes; `jobs` may be a generator that computes."""
-    with tqdm(total=total, desc=what, unit="img") as bar:
+    with Bar(total=total, desc=what, unit="img", writes=writes) as bar:
         if workers == 0 or total < 2:
             for job in jobs:
                 yield work(*job)
@@ -592,11 +636,40 @@ def place(model, args, channels_last=True):
     return model.to(args.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
+def recompute(blocks):
+    """Activation checkpointing: what a block keeps for its gradient is made again in the backward pass. Results are the same."""
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=functools.partial(_passes, block))
+
+
+def _passes(block):
+    """Contexts of a block's two forward passes: BatchNorm's running statistics move in the first alone."""
+    @contextlib.contextmanager
+    def still():
+        norms = [(m, m.momentum) for m in block.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        for norm, _ in norms:
+            norm.momentum = 0.0
+        try:
+            yield
+        finally:  # the second pass ends by an exception once it has made all that is needed
+            for norm, momentum in norms:
+                norm.momentum = momentum
+    return contextlib.nullcontext(), still()
+
+
+def add_memory_flags(parser):
+    """Flags of the trainings for cards with little memory."""
+    parser.add_argument("--micro-batch", type=int, default=0, help="images at a time through the network, 0: the batch at once")
+    parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=False,
+                        help="activation checkpointing: less memory, a third more time")
+
+
 def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 1.0, watch=None):
     """Train to `steps` optimizer steps, an epoch of `batches` at a time; a checkpoint each epoch, from which a rerun goes on.
 
-    loss_of(*batch on the device) -> scalar; schedule(share of steps done) -> factor on each group's learning rate;
-    watch() -> what to print before the first and after each epoch.
+    loss_of(part, batch), lists of tensors on the device -> the part's share of the batch's loss; the parts, --micro-batch
+    images each, add up to the gradient of the whole. schedule(share of steps done) -> factor on each group's learning
+    rate; watch() -> what to print before the first and after each epoch.
     """
     args, record, path, step = stage.args, stage.record, stage.args.out / f"{stage.name}.pth", 0
     for group in optimizer.param_groups:
@@ -618,7 +691,7 @@ def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 
         step = saved["step"]
     else:
         save()
-    bar = tqdm(total=steps * images, initial=step * images, desc=stage.name, unit="img", smoothing=0.05)
+    bar = Bar(total=steps * images, initial=step * images, desc=stage.name, unit="img", smoothing=0.05, writes=path)
     while step < steps:
         # Each epoch has its own random numbers, so that a run resumed between epochs equals one that never stopped.
         torch.manual_seed(args.seed * 1_000_003 + step)
@@ -628,13 +701,15 @@ def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 
         for n, batch in enumerate(batches, start=1):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(step / steps)
-            with autocast(args):
-                loss = loss_of(*(x.to(args.device, non_blocking=True) for x in batch))
+            batch = [x.to(args.device, non_blocking=True) for x in batch]
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            for part in zip(*(x.split(args.micro_batch or images) for x in batch)):
+                with autocast(args):
+                    loss = loss_of(part, batch)
+                scaler.scale(loss).backward()
+                total += loss.detach()
             scaler.step(optimizer)
             scaler.update()
-            total += loss.detach()
             step += 1
             bar.update(images)
             if n % 10 == 0 or step == steps:
@@ -1086,7 +1161,7 @@ def _prepare_split(root, split, workers):
     jobs = ((path, photos[id]["height"], photos[id]["width"],
              [(n, VOID if crowd else number[category], shape) for n, _, category, crowd, shape in instances[photos[id]["id"]]])
             for id, path in todo.items())
-    for _ in in_processes(_write_coco_mask, jobs, workers, len(todo), f"{split} masks"):
+    for _ in in_processes(_write_coco_mask, jobs, workers, len(todo), f"{split} masks", root / "SegmentationClass" / split):
         pass
     return list(names.values()), {id: [names[c] for c in sorted({a[2] for a in instances[photo["id"]]})] for id, photo in photos.items()}
 
@@ -1096,7 +1171,6 @@ def coco(args):
 
     train_aug = train, and val, are the photos with an instance, crowds among them. Masks that are there are not made again.
     """
-    import resource  # on Unix alone
     decode([], 1, 1)  # pycocotools must be there
     root, photos, splits = args.root, args.root / "JPEGImages", COCO_SPLITS.values()
     needed = [*splits, *(f"annotations/instances_{split}.json" for split in splits)]
@@ -1122,8 +1196,7 @@ def coco(args):
     dataset = DataSet(root)
     for name in COCO_SPLITS:
         print(f"{name}: {images_a_class(dataset, dataset.labels(dataset.ids(name)))}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # a child's would start from its parent's
-    print(f"peak memory {peak:.1f} GiB, without the workers' own")
+    print(f"peak memory {peak_memory():.1f} GB, without the workers' own")  # theirs would start from their parent's
     check_sizes(root, lists, COCO_SIZES, "COCO 2014")
 
 

@@ -106,7 +106,7 @@ def labels(args):
     stage.start()
     jobs = ((dataset.image(id), args.out / "cams" / f"{id}.npz", paths[id], dataset.num_classes, args.foreground, args.background)
             for id in todo)
-    for _ in data.in_processes(_write_affinity_label, jobs, args.workers, len(todo), "affinity labels"):
+    for _ in data.in_processes(_write_affinity_label, jobs, args.workers, len(todo), "affinity labels", args.out / "affinity_labels"):
         pass
     stage.finish()
 
@@ -363,21 +363,25 @@ def affinity(features, radius):
     return torch.exp(-_MeanDifference.apply(features.float(), radius))
 
 
-def affinity_loss(affinities, labels, radius, eps=1e-5):
-    """1/4 background pairs + 1/4 pairs of one class + 1/2 unlike pairs, each a mean over the batch; void left out (PSA).
-
-    affinities: (B, 34, h', w'), labels: (B, h, w) at stride 8  ->  scalar
-    """
+def pair_kinds(labels, radius):
+    """Which pairs are background, of one foreground class, and unlike; void in none. (B, h, w) -> three bool (B, 34, h', w')"""
     start, ends = pairs(labels, radius)
     start, ends = start[:, None], torch.stack(ends, dim=1)
     valid = (start != data.VOID) & (ends != data.VOID)
-    alike, background = (start == ends) & valid, start == 0
+    alike = (start == ends) & valid
+    return alike & (start == 0), alike & (start != 0), valid & (start != ends)
 
-    def mean(loss, chosen):
-        return (loss * chosen).sum() / (chosen.sum() + eps)
 
+def affinity_loss(affinities, labels, radius, batch=None, eps=1e-5):
+    """1/4 background pairs + 1/4 pairs of one class + 1/2 unlike pairs, each a mean over the batch; void left out (PSA).
+
+    affinities: (B, 34, h', w'), labels: (B, h, w) at stride 8, batch: the labels of a batch of which these are a part  ->  scalar
+    """
+    kinds = pair_kinds(labels, radius)
+    counts = [chosen.sum() + eps for chosen in (kinds if batch is None else pair_kinds(batch, radius))]
     positive, negative = -(affinities + eps).log(), -(1 + eps - affinities).log()
-    return mean(positive, alike & background) / 4 + mean(positive, alike & ~background) / 4 + mean(negative, valid & (start != ends)) / 2
+    background, same, unlike = ((loss * chosen).sum() / count for loss, chosen, count in zip((positive, positive, negative), kinds, counts))
+    return background / 4 + same / 4 + unlike / 2
 
 
 class AffinityNet(nn.Module):
@@ -463,10 +467,13 @@ def train(args):
     if stage.is_done():
         return
     net = place(AffinityNet(make_backbone(args), frozen=not args.from_scratch), args)
+    if args.recompute:
+        data.recompute(net.backbone.children())
     stage.start()
     optimizer = make_optimizer(args, net, ("f8", "f9"), args.momentum)
     radius = radius_for(args.crop // STRIDE, args.crop // STRIDE)
-    data.fit(stage, net, optimizer, batches, lambda photos, y: affinity_loss(affinity(net(photos), radius), y, radius),
+    data.fit(stage, net, optimizer, batches,
+             lambda part, batch: affinity_loss(affinity(net(part[0]), radius), part[1], radius, batch[1]),
              steps=args.epochs * len(batches), schedule=lambda done: (1 - done) ** 0.9)
     stage.finish()
 
@@ -562,7 +569,7 @@ def walk(args):
                                      args.background_score, args.beta, 2 ** args.log_steps)
             yield scores.cpu().numpy(), np.asarray(classes), dataset.image(id), paths[id], dataset.num_classes
 
-    for _ in data.in_processes(_write_pseudo_label, jobs(), args.workers, len(todo), "pseudo labels"):
+    for _ in data.in_processes(_write_pseudo_label, jobs(), args.workers, len(todo), "pseudo labels", args.out / "pseudo_labels"):
         pass
     stage.finish()
 
@@ -578,6 +585,7 @@ def add_network_flags(parser):
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="adamw is ours, for trainings from scratch")
     parser.add_argument("--crop", type=int, default=448, help="side of the square crops, pixels")
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="on weights, not on biases")
+    data.add_memory_flags(parser)
 
 
 def main():

@@ -73,10 +73,14 @@ class DeepLab(nn.Module):
         return self.cls_conv(self.dropout(F.relu(self.bn_fov2(self.conv_fov2(x)))))
 
 
-def segmentation_loss(logits, labels):
-    """Cross-entropy at full size, void ignored. logits: (B, S, h, w), labels: (B, H, W)  ->  scalar"""
+def segmentation_loss(logits, labels, batch=None):
+    """Cross-entropy at full size, void ignored, mean over the batch, of whose labels these may be a part.
+
+    logits: (B, S, h, w), labels: (B, H, W), batch: (B', H, W)  ->  scalar
+    """
     full = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=True)
-    return F.cross_entropy(full, labels, ignore_index=data.VOID)
+    pixels = ((labels if batch is None else batch) != data.VOID).sum().clamp(min=1)
+    return F.cross_entropy(full, labels, ignore_index=data.VOID, reduction="sum") / pixels
 
 
 # ---------------------------------------------------------------- train
@@ -118,9 +122,11 @@ def train(args):
         return
     batch_norm = "trained" if args.from_scratch else "frozen" if args.freeze_bn else "published"
     net = place(DeepLab(make_backbone(args), dataset.num_classes, batch_norm, args.dropout), args)
+    if args.recompute:
+        data.recompute(net.backbone.children())
     stage.start()
     optimizer = make_optimizer(args, net, NEW, momentum=0.9)
-    data.fit(stage, net, optimizer, batches, lambda photos, y: segmentation_loss(net(photos), y),
+    data.fit(stage, net, optimizer, batches, lambda part, batch: segmentation_loss(net(part[0]), part[1], batch[1]),
              steps=args.iterations, schedule=lambda done: (1 - done * args.iterations / (args.iterations + 1)) ** 0.9)
     stage.finish()
 
@@ -170,7 +176,7 @@ def segment(args, photos, paths, with_overlay=False):
                 scores = probabilities(net, [p.to(args.device) for p in scaled], size)
             yield scores.cpu().numpy(), photos[id], paths[id], args.crf, with_overlay
 
-    for _ in data.in_processes(_write_segmentation, jobs(), args.workers, len(photos), "segmentation"):
+    for _ in data.in_processes(_write_segmentation, jobs(), args.workers, len(photos), "segmentation", next(iter(paths.values())).parent):
         pass
 
 

@@ -26,6 +26,7 @@ import bnr
 import conformer
 import data
 import psa
+import segment
 
 LINE = "{:<14}{:<34}{:>12}{:>12}{:>9}{:>13} {:<8}{:>10}"
 FOREGROUND = 20  # classes of PASCAL VOC
@@ -306,45 +307,155 @@ class PlainAttention(conformer.Attention):
         return self.proj((attn @ v).transpose(1, 2).reshape(B, L, D)), attn
 
 
-def export(args):
-    """Seeds of one photo, six passes, Conformer-S."""
+def conformers(device):
+    """Conformer-S twice with the same weights: as published, and as bnr.py has it. -> plain, ours"""
     torch.manual_seed(0)
-    model, size = conformer.Conformer("small", FOREGROUND).to(args.device).eval(), (375, 500)
-    sides = [side * conformer.STRIDE // (2 if args.quick else 1) for side in SCALES]
-    photos = [torch.randn(1, 3, side, side, device=args.device) for side in sides]
-    own, flags = [2, 6], argparse.Namespace(plain=False, device=args.device, amp=False)
+    model = conformer.Conformer("small", FOREGROUND).to(device)
     model.conv_cls_head.weight.data.abs_()  # or a random class map may be negative all over, and the seed 0
     for _, block in model.blocks():
         conformer.init_attention(block, 60)  # or attention is uniform, and the seed the rounding errors of a constant
     published = copy.deepcopy(model)
-    model = data.place(model, args)  # channels_last, as bnr.py has it
-
     for _, block in published.blocks():
         block.attn.__class__ = PlainAttention
+    return published, model.to(memory_format=torch.channels_last)
+
+
+def flags_for(device):
+    return argparse.Namespace(plain=False, device=device, amp=device.type == "cuda")
+
+
+def export_forms(batch, sides, device):
+    """Seeds of photos from six passes each, maps of two classes. -> plain, ours"""
+    published, model = (net.eval() for net in conformers(device))
+    photos, own, size = [torch.randn(batch, 3, side, side, device=device) for side in sides], [2, 6], (375, 500)
 
     @torch.inference_mode()
     def plain():
-        total = 0
-        for photo in photos:
-            for mirrored in (False, True):
-                cam, _, attns = bnr.forward(published, photo.flip(3) if mirrored else photo)
-                maps = F.interpolate(bnr.refined_cam(plain_attention(attns), cam), size, mode="bilinear", align_corners=False)
-                total = total + (maps.flip(3) if mirrored else maps)[0].cpu()
-        return data.normalise(total[own].clamp(min=0))
+        out = []
+        for n in range(batch):
+            total = 0
+            for photo in photos:
+                for mirrored in (False, True):
+                    cam, _, attns = bnr.forward(published, photo[n:n + 1].flip(3) if mirrored else photo[n:n + 1])
+                    maps = F.interpolate(bnr.refined_cam(plain_attention(attns), cam), size, mode="bilinear", align_corners=False)
+                    total = total + (maps.flip(3) if mirrored else maps)[0].cpu()
+            out.append(data.normalise(total[own].clamp(min=0)))
+        return torch.stack(out)
 
     def ours():
-        return data.combine_scales([maps[0, own] for maps in bnr.export(model, photos, flags)["refined"]], size)
+        maps = bnr.export(model, photos, flags_for(device))["refined"]
+        return torch.stack([data.combine_scales([scale[n, own] for scale in maps], size) for n in range(batch)])
+    return plain, ours
 
-    race(args, "export", f"six passes, {sides[0]} to {sides[-1]} pixels", plain, ours, 2, 1e-3, repeats=1)
+
+def export(args):
+    """Seeds from six passes, Conformer-S; on a GPU ours in half precision, eight photos at a time."""
+    cuda = args.device.type == "cuda"
+    batch, sides = 8 if cuda else 1, [side * conformer.STRIDE // (2 if args.quick else 1) for side in SCALES]
+    race(args, "export", f"{batch} photos, six passes, {sides[0]} to {sides[-1]}", *export_forms(batch, sides, args.device), 8 if cuda else 2,
+         0.1 if cuda else 1e-3, repeats=min(2, args.repeats))
+
+
+def train_forms(batch, side, device):
+    """Gradients of eq. 9, Conformer-S. -> plain, ours"""
+    published, model = (net.train() for net in conformers(device))
+    images, labels = torch.randn(batch, 3, side, side, device=device), torch.eye(FOREGROUND, device=device)[[0] * batch]
+
+    def step(net, loss):
+        torch.manual_seed(1)  # of the drop path
+        net.zero_grad()
+        value = loss(net)
+        value.backward()
+        return value.detach()
+
+    def plain_loss(net):
+        cam, z, attns = bnr.forward(net, images)
+        attn = plain_attention(attns)
+        noisy = bnr.noisy_cam(attn, bnr.refined_cam(attn, cam), len(attns), 1)
+        return bnr.bnr_loss(z, noisy.mean((2, 3)), labels)
+
+    def our_loss(net):
+        with data.autocast(flags_for(device)):
+            return bnr.loss_of(net, images, labels, "bnr", "1")
+    return (lambda: step(published, plain_loss)), (lambda: step(model, our_loss))
+
+
+def train(args):
+    """A training step of the classifier, and its memory; then ours alone at other sizes."""
+    cuda = args.device.type == "cuda"
+    batch, side = (8, 512) if cuda else (1, 128 if args.quick else 512)
+    what = f"batch {batch} at {side}, with gradients"
+    race(args, "train", what, *train_forms(batch, side, args.device), 2 if cuda else None, 0.1 if cuda else 1e-4, repeats=min(2, args.repeats))
+    job = train_forms, batch, side, args.device
+    note(args, "train", "its peak memory", memory(0, *job), memory(1, *job), "MiB", goal=2 if cuda else None)
+    for side in () if args.quick else (256, 768, 1024):
+        form = train_forms(batch, side, args.device)[1]
+        note(args, "train", f"batch {batch} at {side}", None, 1000 * median_of(form, args.device), "ms")
+
+
+def median_of(form, device, repeats=2):
+    """Seconds of one call, the first left out."""
+    return statistics.median([seconds(form, device)[0] for _ in range(1 + repeats)][1:])
+
+
+def stages(args):
+    """Time of each stage's network a photo at the published sizes, and what the whole of VOC and COCO would take."""
+    cuda, flags = args.device.type == "cuda", flags_for(args.device)
+    width, sides = (4, (8, 8, 8)) if args.quick else (64, SCALES)
+    torch.manual_seed(0)
+
+    def training(net, batch, side, loss):
+        photos = torch.randn(batch, 3, side, side, device=args.device)
+
+        def step():
+            with data.autocast(flags):
+                value = loss(net(photos))
+            value.backward()
+        return step, batch
+
+    affinity_net = psa.place(psa.AffinityNet(psa.ResNet38(width)), flags)
+    deeplab = psa.place(segment.DeepLab(psa.ResNet38(width), 1 + FOREGROUND), flags)
+    crop = 64 if args.quick else 448
+    photo = torch.randn(3, 47 * 8 // (4 if args.quick else 1), 63 * 8 // (4 if args.quick else 1), device=args.device)
+    scaled = [F.interpolate(photo[None], scale_factor=s)[0] for s in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)]
+    cell = torch.randint(0, 3, (8 if cuda else 1, crop // 8, crop // 8), device=args.device)
+
+    def eval_mode(net, form):
+        def call():
+            net.eval()
+            with data.autocast(flags):
+                form()
+            net.train()
+        return call, 1
+
+    forms = {
+        "train": (train_forms(8 if cuda else 1, 64 if args.quick else 512, args.device)[1], 8 if cuda else 1),
+        "cams": (export_forms(8 if cuda else 1, [16 * s for s in sides], args.device)[1], 8 if cuda else 1),
+        "affinity": training(affinity_net, 8 if cuda else 1, crop, lambda f: psa.affinity_loss(psa.affinity(f, psa.RADIUS), cell, psa.RADIUS)),
+        "walk": eval_mode(affinity_net, lambda: psa.walk_scores(affinity_net, photo, torch.rand(2, *photo.shape[1:], device=args.device),
+                                                                0.42, 14, 128)),
+        "segmenter": training(deeplab, 10 if cuda else 1, crop, lambda logits: segment.segmentation_loss(
+            logits, torch.zeros(len(logits), crop, crop, dtype=torch.long, device=args.device))),
+        "predict": eval_mode(deeplab, lambda: segment.probabilities(deeplab, scaled, photo.shape[1:]))}
+    per_photo = {}
+    for name, (form, photos) in forms.items():
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        per_photo[name] = median_of(form, args.device) / photos
+        used = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if cuda else ""
+        note(args, "stages", f"{name}, a photo of {photos}{used}", None, 1000 * per_photo[name], "ms")
+    for name, images, epochs, val in (("VOC", 10582, 22, 1449), ("COCO", 82081, 10, 40137)):
+        counts = {"train": epochs * images, "cams": images, "affinity": 8 * images, "walk": images, "segmenter": 200_000, "predict": val}
+        note(args, "stages", f"{name}, all of them", None, sum(per_photo[k] * n for k, n in counts.items()) / 3600, "h")
 
 
 def main():
-    rows = {f.__name__: f for f in (attention, walk, crf, affinity, sweep, files, confusion, export)}
+    rows = {f.__name__: f for f in (attention, walk, crf, affinity, sweep, files, confusion, export, train, stages)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=rows, default=list(rows), help="rows to run (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each form, less where it takes many seconds")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, no goals")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="of attention, walk, affinity and export")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="of attention, walk, affinity, export, train and stages")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
     print(LINE.format("row", "what", "plain", "ours", "ratio", "goal", "", "difference"))

@@ -1,4 +1,5 @@
 """The five scripts through their own command lines on a small toy set, and the errors that they promise."""
+import argparse
 import json
 import re
 import shutil
@@ -12,7 +13,10 @@ import torch
 from conftest import ROOT, run, run_process
 from PIL import Image
 
+import bnr
 import data
+import psa
+from conformer import Conformer
 
 SMALL = ("--preset", "toy", "--device", "cpu", "--workers", 0)
 CLASSIFIER = ("--epochs", 2, "--crop", 64, "--long-side", 64, 96, "--batch-size", 8)
@@ -192,6 +196,61 @@ def test_training_resumed_between_epochs_equals_one_that_never_stopped(done, tmp
     run("bnr.py", "train", *flags)
     resumed, whole = (torch.load(p, weights_only=True)["model"] for p in (first, out / "classifier.pth"))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("make, blocks", [
+    (lambda: Conformer("nano", 3), lambda net: net.stages()), (lambda: psa.ResNet38(2), lambda net: net.children())])
+def test_recomputed_activations_change_neither_gradients_nor_statistics(make, blocks):
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        net = make().train()
+        if again:
+            data.recompute(blocks(net))
+        torch.manual_seed(1)  # dropout and drop path
+        net(torch.randn(2, 3, 32, 32))[0].square().mean().backward()
+        grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        found.append({**grads, **{name: b for name, b in net.named_buffers() if "running" in name}})
+    assert found[0].keys() == found[1].keys()
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], msg=name)
+
+
+def test_micro_batches_have_the_gradient_of_the_batch(tmp_path):
+    torch.manual_seed(0)
+    photos, labels = torch.randn(15, 4), torch.rand(15, 3).round()
+    weights = []
+    for micro in (0, 2, 5, 7):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(4, 3)
+        args = argparse.Namespace(out=tmp_path / str(micro), device=torch.device("cpu"), amp=False, seed=0, micro_batch=micro)
+        stage = argparse.Namespace(args=args, name="net", record={"id": "0", "settings": {}}, save=lambda: None)
+        batches = data.loader(torch.utils.data.TensorDataset(photos, labels), 5, argparse.Namespace(device=args.device), train=True)
+        data.fit(stage, net, torch.optim.SGD(net.parameters(), 0.5), batches, steps=6, loss_of=lambda part, batch:
+                 bnr.soft_margin_loss(net(part[0]), part[1]) * len(part[0]) / len(batch[0]))
+        weights.append(net.weight.detach())
+    for parts in weights[1:]:
+        torch.testing.assert_close(parts, weights[0])
+
+
+def test_networks_train_in_micro_batches_and_recompute(done, tmp_path):
+    toy, out, _ = done
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    for script, flags in (("bnr.py", CLASSIFIER), ("segment.py", (*SEGMENTER, "--labels", out / "pseudo_labels")), ("psa.py", AFFINITY)):
+        more = ("--micro-batch", 3, "--recompute")
+        assert "micro_batch=3" in run(script, "train", "--data", toy, "--out", tmp_path, *SMALL, *flags, *more)
+    for name in ("classifier", "segmenter", "affinitynet"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["done"]
+
+
+def test_a_long_stage_says_what_it_will_take(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data.Bar, "AFTER", -1)
+    (tmp_path / "one").write_bytes(bytes(5_000_000))
+    with data.Bar(total=1000, desc="cams", writes=tmp_path) as bar:
+        for _ in range(3):
+            bar.update()
+    said = capsys.readouterr()
+    assert len(re.findall(r"cams: estimate: \d+\.\d\d h to go, \d+\.\d GB of memory, 5\.00 GB of disk", said.out + said.err)) == 1
 
 
 def test_show_draws_a_row_of_six_panels(done):

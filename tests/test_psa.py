@@ -87,6 +87,17 @@ def test_affinity_loss_equals_a_loop_over_pairs():
     assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_losses_of_the_parts_of_a_batch_add_up_to_its_loss():
+    torch.manual_seed(0)
+    features, logits = torch.randn(4, 3, 6, 9), torch.randn(4, 5, 2, 3)
+    labels = torch.tensor([0, 1, 2, data.VOID])[torch.randint(0, 4, (4, 6, 9))]
+    labels[0] = data.VOID  # an image without a pair or a pixel that counts
+    for loss, x in ((lambda x, y, batch=None: psa.affinity_loss(psa.affinity(x, 3), y, 3, batch), features),
+                    (segment.segmentation_loss, logits)):
+        parts = sum(loss(part, y, labels) for part, y in zip(x.split(3), labels.split(3)))
+        torch.testing.assert_close(parts, loss(x, labels))
+
+
 def test_gradient_of_the_affinities_equals_that_of_the_plain_form():
     torch.manual_seed(0)
     features = torch.randn(2, 3, 6, 9, requires_grad=True)
