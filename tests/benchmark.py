@@ -28,7 +28,7 @@ import data
 import psa
 import segment
 
-LINE = "{:<14}{:<34}{:>12}{:>12}{:>9}{:>13} {:<8}{:>10}"
+LINE = "{:<11}{:<41}{:>12}{:>12}{:>9}{:>13} {:<8}{:>10}"
 FOREGROUND = 20  # classes of PASCAL VOC
 SCALES = 16, 32, 48  # sides of M* for photos of 256, 512 and 768 pixels
 DISAGREE = []
@@ -356,9 +356,11 @@ def export(args):
          0.1 if cuda else 1e-3, repeats=min(2, args.repeats))
 
 
-def train_forms(batch, side, device):
-    """Gradients of eq. 9, Conformer-S. -> plain, ours"""
+def train_forms(batch, side, again, device):
+    """Gradients of eq. 9, Conformer-S; again: ours with --recompute. -> plain, ours"""
     published, model = (net.train() for net in conformers(device))
+    if again:
+        data.recompute(model.stages())
     images, labels = torch.randn(batch, 3, side, side, device=device), torch.eye(FOREGROUND, device=device)[[0] * batch]
 
     def step(net, loss):
@@ -381,16 +383,32 @@ def train_forms(batch, side, device):
 
 
 def train(args):
-    """A training step of the classifier, and its memory; then ours alone at other sizes."""
+    """A training step of the classifier, and its memory; ours in smaller batches, with --recompute, and at other sizes."""
     cuda = args.device.type == "cuda"
     batch, side = (8, 512) if cuda else (1, 128 if args.quick else 512)
     what = f"batch {batch} at {side}, with gradients"
-    race(args, "train", what, *train_forms(batch, side, args.device), 2 if cuda else None, 0.1 if cuda else 1e-4, repeats=min(2, args.repeats))
-    job = train_forms, batch, side, args.device
-    note(args, "train", "its peak memory", memory(0, *job), memory(1, *job), "MiB", goal=2 if cuda else None)
-    for side in () if args.quick else (256, 768, 1024):
-        form = train_forms(batch, side, args.device)[1]
-        note(args, "train", f"batch {batch} at {side}", None, 1000 * median_of(form, args.device), "ms")
+    job = batch, side, False, args.device
+    race(args, "train", what, *train_forms(*job), 2 if cuda else None, 0.1 if cuda else 1e-4, repeats=min(2, args.repeats))
+    note(args, "train", f"batch {batch}, peak memory", memory(0, train_forms, *job), memory(1, train_forms, *job), "MiB", goal=2 if cuda else None)
+    for part, again in ((4, False), (2, False), (1, False), (4, True), (1, True)):
+        if part <= batch and (part, again) != (batch, False):
+            used = memory(1, train_forms, part, side, again, args.device)
+            note(args, "train", f"micro-batch {part}{', recompute' * again}, peak memory", None, used, "MiB")
+    for part, side, again in ((batch, side, True), *(() if args.quick else ((batch, n, False) for n in (256, 768, 1024)))):
+        form = train_forms(part, side, again, args.device)[1]
+        note(args, "train", f"batch {part} at {side}{', recompute' * again}", None, 1000 * median_of(form, args.device), "ms")
+
+
+def optimizer(args):
+    """AdamW on Conformer-S's tensors: torch's default loop, and fused."""
+    published, model = conformers(args.device)
+    steps = []
+    for net, fused in ((published, False), (model, True)):
+        for p in net.parameters():
+            p.grad = 1e-3 * torch.ones_like(p)
+        steps.append(torch.optim.AdamW(net.parameters(), 5e-5, weight_decay=5e-4, fused=fused).step)
+    forms = (lambda: (steps[0](), published.conv1.weight.detach())[1]), (lambda: (steps[1](), model.conv1.weight.detach())[1])
+    race(args, "optimizer", "AdamW step, 37 M parameters", *forms, None, 1e-5)
 
 
 def median_of(form, device, repeats=2):
@@ -429,7 +447,7 @@ def stages(args):
         return call, 1
 
     forms = {
-        "train": (train_forms(8 if cuda else 1, 64 if args.quick else 512, args.device)[1], 8 if cuda else 1),
+        "train": (train_forms(8 if cuda else 1, 64 if args.quick else 512, False, args.device)[1], 8 if cuda else 1),
         "cams": (export_forms(8 if cuda else 1, [16 * s for s in sides], args.device)[1], 8 if cuda else 1),
         "affinity": training(affinity_net, 8 if cuda else 1, crop, lambda f: psa.affinity_loss(psa.affinity(f, psa.RADIUS), cell, psa.RADIUS)),
         "walk": eval_mode(affinity_net, lambda: psa.walk_scores(affinity_net, photo, torch.rand(2, *photo.shape[1:], device=args.device),
@@ -450,12 +468,12 @@ def stages(args):
 
 
 def main():
-    rows = {f.__name__: f for f in (attention, walk, crf, affinity, sweep, files, confusion, export, train, stages)}
+    rows = {f.__name__: f for f in (attention, walk, crf, affinity, sweep, files, confusion, export, optimizer, train, stages)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=rows, default=list(rows), help="rows to run (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each form, less where it takes many seconds")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, no goals")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="of attention, walk, affinity, export, train and stages")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="of all rows but crf, sweep, files and confusion")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
     print(LINE.format("row", "what", "plain", "ours", "ratio", "goal", "", "difference"))
