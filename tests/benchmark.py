@@ -320,12 +320,12 @@ def conformers(device):
     return published, model.to(memory_format=torch.channels_last)
 
 
-def flags_for(device):
-    return argparse.Namespace(plain=False, device=device, amp=device.type == "cuda")
+def flags_for(device, amp=None):
+    return argparse.Namespace(plain=False, device=device, amp=device.type == "cuda" if amp is None else amp)
 
 
-def export_forms(batch, sides, device):
-    """Seeds of photos from six passes each, maps of two classes. -> plain, ours"""
+def export_forms(batch, sides, device, amp=None):
+    """Seeds of photos from six passes each, maps of two classes; amp: ours in half precision (None: on a GPU). -> plain, ours"""
     published, model = (net.eval() for net in conformers(device))
     photos, own, size = [torch.randn(batch, 3, side, side, device=device) for side in sides], [2, 6], (375, 500)
 
@@ -343,7 +343,7 @@ def export_forms(batch, sides, device):
         return torch.stack(out)
 
     def ours():
-        maps = bnr.export(model, photos, flags_for(device))["refined"]
+        maps = bnr.export(model, photos, flags_for(device, amp))["refined"]
         return torch.stack([data.combine_scales([scale[n, own] for scale in maps], size) for n in range(batch)])
     return plain, ours
 
@@ -354,6 +354,8 @@ def export(args):
     batch, sides = 8 if cuda else 1, [side * conformer.STRIDE // (2 if args.quick else 1) for side in SCALES]
     race(args, "export", f"{batch} photos, six passes, {sides[0]} to {sides[-1]}", *export_forms(batch, sides, args.device), 8 if cuda else 2,
          0.1 if cuda else 1e-3, repeats=min(2, args.repeats))
+    if not cuda:
+        race(args, "export", "the same, ours with --amp (bf16)", *export_forms(batch, sides, args.device, amp=True), None, 0.1, repeats=1)
 
 
 def train_forms(batch, side, again, device):
