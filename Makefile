@@ -1,5 +1,6 @@
 # The paper's run, or the toy set's where DATA is not given. `make -n TARGET` prints what would run.
 DATA    ?= data/toy
+override DATA := $(patsubst ./%,%,$(DATA:%/=%))
 OUT     ?= out/$(notdir $(abspath $(DATA)))
 PRESET  ?= $(if $(filter data/toy,$(DATA)),toy,voc)
 SEED    ?= 0
@@ -79,10 +80,11 @@ show: $(ENV) $(TOY)
 	$(PYTHON) segment.py predict $(COMMON) $(PREDICT_FLAGS) --split train $(PICK)
 	$(PYTHON) bnr.py show $(COMMON) $(PICK)
 
-results: $(RUNS)
-	$(PYTHON) data.py report $(COMMON) --seeds $(SEEDS) --readme README.md
+results: $(ENV) $(RUNS)
+	$(PYTHON) data.py report $(COMMON) --rows $(ROWS) untrained --seeds $(SEEDS) --readme README.md
 
 $(OUT)/rows/%/results.json:
+	$(if $(FLAGS_$(ROW)),,$(error no row $(ROW): ROWS are of transcam no-noise noise-x1 noise-x2))
 	$(MAKE) train cams $(if $(filter $(FURTHER),$(ROW)),psa seg) eval OUT=$(@D) SEED=$(lastword $(subst -seed, ,$*)) \
 	  TRAIN_FLAGS="$(TRAIN_FLAGS) $(FLAGS_$(ROW))" CAMS_FLAGS="$(CAMS_FLAGS) --plain $(if $(filter $(FURTHER),$(ROW)),,--split train)"
 	$(PYTHON) bnr.py show $(COMMON) --out $(@D) --first 24

@@ -83,7 +83,10 @@ def attend(qks, maps):
 
 
 def attention_entropy(qks):
-    """Mean entropy of the rows of eq. 2 over that of a uniform row, log(1+N): at 1, M* is a flat average. -> (blocks,)"""
+    """Mean entropy of the rows of eq. 2 over that of a uniform row, log(1+N): at 1, M* is a flat average.
+
+    qks: list of (q, k), each (B, H, 1+N, D/H)  ->  (blocks,)
+    """
     rows = [torch.special.entr(attention(q.float(), k.float())).sum(-1) for q, k in qks]
     return torch.stack([r.mean() / math.log(r.shape[-1]) for r in rows])
 
@@ -96,7 +99,7 @@ class _ProductAndSums(torch.autograd.Function):
 
     @staticmethod
     def rows(maps, q):
-        """Slices of rows of A: CHUNK elements of all heads at once, so that what is made of them stays in the cache."""
+        """Slices of rows of A: CHUNK elements of all heads at once, on the CPU as many as stay in the cache."""
         N = maps.shape[2]
         step = max(1, CHUNK[maps.device.type] // (len(q) * q.shape[1] * N))
         return [slice(start, min(start + step, N)) for start in range(0, N, step)]
@@ -224,11 +227,14 @@ def train(args):
     watched = torch.stack([square(args)(data.read_image(dataset.image(id))) for id in ids[:8]]).to(args.device)
 
     @torch.inference_mode()
-    def watch():
+    def watch(step):
         model.eval()
-        with data.autocast(args):
-            entropy = attention_entropy(model(watched)[2]).tolist()
-        stage.record.setdefault("entropy", []).append(entropy)
+        entropies = []
+        for photo in watched:
+            with data.autocast(args):
+                qks = model(photo[None])[2]
+            entropies.append(attention_entropy(qks))
+        entropy = stage.record.setdefault("entropy", {})[str(step)] = torch.stack(entropies).mean(0).tolist()
         return f"entropy of the attention {sum(entropy) / len(entropy):.4f} of uniform (blocks {min(entropy):.4f} to {max(entropy):.4f})"
 
     data.fit(stage, model, optimizer, batches,

@@ -477,6 +477,8 @@ def pick_device(name):
         usable = True
     except (RuntimeError, AssertionError):  # no GPU, no driver that fits, or a torch without kernels for this card
         usable = False
+    if name and name.partition(":")[0] not in ("cuda", "cpu"):
+        raise InputError(f"--device {name} is neither cuda (or cuda:N) nor cpu")
     if name and name.startswith("cuda") and not usable:
         raise InputError(f"--device {name}: torch {torch.__version__} finds no usable GPU")
     device = torch.device(name or ("cuda" if usable else "cpu"))
@@ -565,7 +567,7 @@ class Bar(tqdm):
 
     AFTER = 20  # seconds
 
-    def __init__(self, *args, writes=None, initial=0, **kwargs):
+    def __init__(self, *args, writes=Path(), initial=0, **kwargs):
         super().__init__(*args, initial=initial, **kwargs)
         self.what, self.writes, self.done, self.first, self.told = kwargs["desc"], writes, initial, None, False
 
@@ -580,24 +582,25 @@ class Bar(tqdm):
 
     def tell(self, seconds):
         line = f"estimate: {seconds / 3600:.2f} h to go, {peak_memory():.1f} GB of memory"
-        if self.writes:
+        with contextlib.suppress(OSError):  # a worker renames a file while it is counted, or none is written yet
             one = self.writes.is_file()
             sizes = [p.stat().st_size for p in ([self.writes] if one else self.writes.rglob("*")) if p.is_file()]
-            whole = sum(sizes) * (1 if one else self.total / max(1, len(sizes)))
-            line += f", {whole / 1e9:.2f} GB of disk"
-            if whole - sum(sizes) > shutil.disk_usage(self.writes).free:
+            more = 0 if one else sum(sizes) / max(1, len(sizes)) * (self.total - self.done)
+            line += f", {(sum(sizes) + more) / 1e9:.2f} GB of disk"
+            if more > shutil.disk_usage(self.writes).free:
                 line += ", which is more than is free"
         self.write(f"{self.what}: {line}")
 
 
 def peak_memory():
-    """GB of the card, where there is one in use, or of this process without its workers"""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_reserved() / 1e9
+    """GB of the card where it is in use, else of this process without its workers"""
+    card = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_initialized() else 0
+    if card > 0.1:
+        return card
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6 / 1.024)
 
 
-def in_processes(work, jobs, workers, total, what, writes=None):
+def in_processes(work, jobs, workers, total, what, writes=Path()):
     """Yield work(*job) of each job, in any order, from a pool of processes; `jobs` may be a generator that computes."""
     with Bar(total=total, desc=what, unit="img", writes=writes) as bar:
         if workers == 0 or total < 2:
@@ -639,6 +642,8 @@ def place(model, args, channels_last=True):
 def recompute(blocks):
     """Activation checkpointing: what a block keeps for its gradient is made again in the backward pass. Results are the same."""
     for block in blocks:
+        if not any(block.children()):
+            continue  # a lone layer saves nothing, and an in-place ReLU would spoil what was kept
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=functools.partial(_passes, block))
 
 
@@ -669,9 +674,11 @@ def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 
 
     loss_of(part, batch), lists of tensors on the device -> the part's share of the batch's loss; the parts, --micro-batch
     images each, add up to the gradient of the whole. schedule(share of steps done) -> factor on each group's learning
-    rate; watch() -> what to print before the first and after each epoch.
+    rate; watch(step) -> what to print before the first and after each epoch.
     """
     args, record, path, step = stage.args, stage.record, stage.args.out / f"{stage.name}.pth", 0
+    if args.micro_batch < 0:
+        raise InputError(f"--micro-batch {args.micro_batch} is no number of images")
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp and amp_dtype(args.device) == torch.float16)
@@ -679,15 +686,16 @@ def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 
 
     def save():
         if watch:
-            tqdm.write(f"{stage.name}: step {step} of {steps}: {watch()}")
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "id": record["id"],
-                 "settings": record["settings"]}
+            tqdm.write(f"{stage.name}: step {step} of {steps}: {watch(step)}")
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
+                 "id": record["id"], "settings": record["settings"]}
         write(path, lambda file: torch.save(state, file))
         stage.save()
 
     if path.is_file() and (saved := read_weights(path, quiet=True)).get("id") == record["id"]:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
         step = saved["step"]
     else:
         save()
@@ -796,7 +804,7 @@ def _score_seeds(mask_path, folder, id, names, kind):
 
 
 def _score_floor(mask_path, id, classes, num_classes):
-    """Seeds at random, of the photo's own labels, at THRESHOLDS; last background everywhere. -> (61, S, S)"""
+    """Seeds at random, of the photo's own labels, at THRESHOLDS; last background everywhere. -> (61, S, S), 0, 0"""
     mask = read_mask_within(mask_path, num_classes)
     maps = np.random.RandomState(zlib.crc32(id.encode())).rand(len(classes), 16, 16)
     at_random = confusion_over_thresholds(mask, classes, combine_scales([torch.from_numpy(maps).float()], mask.shape).numpy(), num_classes)
@@ -817,12 +825,13 @@ def _score_mask(mask_path, folder, id, names):
 def score(work, dataset, ids, workers, what, *more):
     """Sum over `ids` of what `work(mask path, *more)` counts: confusion matrices, and the share of pixels covered.
 
-    more: values, or functions that make them of the id
+    more: values, or functions that make them of the id (`str`: the id itself)
     """
     require([dataset.mask(id) for id in ids])
     jobs = ((dataset.mask(id), *(x(id) if callable(x) else x for x in more)) for id in ids)
-    parts = in_processes(work, jobs, workers if len(ids) > 1000 else 0, len(ids), what)  # a pool takes seconds to start
-    matrix, covered, seen = (sum(column) for column in zip(*parts))
+    matrix = covered = seen = 0
+    for part in in_processes(work, jobs, workers if len(ids) > 1000 else 0, len(ids), what):  # a pool takes seconds to start
+        matrix, covered, seen = (a + b for a, b in zip((matrix, covered, seen), part))
     return matrix, covered / max(seen, 1)
 
 
@@ -881,9 +890,9 @@ def evaluate(args):
             rows.append({"stage": stage, "split": split, "n": len(ids), "note": why})
 
     if "classifier" in done:
-        last = have["classifier"].get("entropy", [[]])[-1]
-        rows.append({"stage": "classifier", "split": "val", "n": len(val), "note": "mAP", "map": have["classifier"].get("map"),
-                     "entropy": sum(last) / len(last) if last else None})
+        *_, last = have["classifier"]["entropy"].values()  # of each block, after the last epoch
+        rows.append({"stage": "classifier", "split": "val", "n": len(val), "note": "mAP", "map": have["classifier"]["map"],
+                     "entropy": sum(last) / len(last)})
     if masks and train:
         for name, scored in zip(("random seeds", "background"), score_floor(dataset, train, args.workers)):
             rows.append({"stage": name, "split": "train", "n": len(train), **scored})
@@ -945,26 +954,26 @@ def print_table(rows, classes):
 
 
 def report(args):
-    """Mean, deviation (n - 1) and values over the seeds of each row in OUT/rows/ROW-seedN/results.json, as Markdown.
+    """Mean, deviation (n - 1) and values over --seeds of each row in OUT/rows/ROW-seedN/results.json, as Markdown.
 
-    Runs that are not there are named. Runs whose settings differ in more than loss, noise and seed are refused.
+    Runs that are not there are named. Runs are refused whose settings differ in more than loss, noise and seed.
     """
-    folder, runs = args.out / "rows", {}
-    for path in sorted(folder.glob("*-seed*/results.json")):
+    folder, runs, settings = args.out / "rows", {}, {}
+    for path in folder.glob("*-seed*/results.json"):
         row, _, seed = path.parent.name.rpartition("-seed")
-        runs.setdefault(row, {})[int(seed)] = json.loads(path.read_text())
+        if seed.isdigit() and (int(seed) in args.seeds or row == "untrained"):
+            runs.setdefault(row, {})[int(seed)] = json.loads(path.read_text())
     if not runs:
         raise InputError(f'no ROW-seedN/results.json in {folder}: run "make results"')
-    own = {"loss", "noise", "seed", "split", *(["epochs"] if "untrained" in runs else [])}
-    settings = {}
-    for row, seeds in runs.items():
-        for seed, run in seeds.items():
-            for stage, flags in run["settings"].items():
-                for flag, value in flags.items():
-                    value = Path(value).name if isinstance(value, str) else value  # a folder may lie elsewhere
-                    first = settings.setdefault(stage, {}).setdefault(flag, (value, f"{row}-seed{seed}"))
-                    if flag not in own and value != first[0]:
-                        raise InputError(f"{folder}: {stage} had --{flag} {value} in {row}-seed{seed}, {first[0]} in {first[1]}: not one table")
+    runs = {row: dict(sorted(runs[row].items())) for row in sorted(runs)}
+    own = {"loss", "noise", "seed", "split", "data"}
+    for row, seed, run in ((row, seed, run) for row, seeds in runs.items() for seed, run in seeds.items()):
+        for stage, flag, value in ((s, f, v) for s, flags in run["settings"].items() for f, v in flags.items()):
+            value = Path(value).name if isinstance(value, str) else value  # a file may lie elsewhere
+            if flag not in own and (row, stage, flag) != ("untrained", "classifier", "epochs"):
+                first = settings.setdefault(stage, {}).setdefault(flag, (value, f"{row}-seed{seed}"))
+                if value != first[0]:
+                    raise InputError(f"{folder}: {stage} had --{flag} {value} in {row}-seed{seed}, {first[0]} in {first[1]}: not one table")
 
     def cell(row, stage, key="miou", digits=2, scale=1):
         found = [r[key] * scale for run in runs.get(row, {}).values() for r in run["rows"] if r["stage"] == stage and r.get(key) is not None]
@@ -972,12 +981,12 @@ def report(args):
             return f"{found[0]:.{digits}f}" if found else "-" if row in runs and stage == "classifier" else "not run"
         return f"{np.mean(found):.{digits}f} ± {np.std(found, ddof=1):.{digits}f} ({', '.join(f'{v:.{digits}f}' for v in found)})"
 
-    names = [*args.rows, *(row for row in runs if row not in args.rows)]
+    names = list(dict.fromkeys([*args.rows, *runs]))
     columns = "row", "seeds", "mAP, val", "entropy", "plain CAM", "refined seeds", "pseudo labels", "segmenter, val", "hours"
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in names:
-        have = sorted(runs.get(row, {}))
-        missing = [s for s in args.seeds if s not in have] if row != "untrained" else []
+        have = list(runs.get(row, {}))
+        missing = [s for s in (args.seeds if row != "untrained" else [0]) if s not in have]
         seeds = ", ".join(map(str, have)) + (f" ({', '.join(map(str, missing))} not run)" if missing else "")
         hours = sum(sum(run["seconds"].values()) for run in runs.get(row, {}).values()) / 3600
         lines.append("| " + " | ".join([
@@ -995,17 +1004,14 @@ def report(args):
         if curves:
             lines.append(f"| {row} | " + " | ".join(f"{v:.2f}" for v in np.mean(curves, 0)[shown]) + " |")
     lines += ["", f"On {', '.join(sorted({d for seeds in runs.values() for run in seeds.values() for d in run['devices']}))}. Settings:"]
-    lines += [f"`{stage}` " + " ".join(f"{flag}={value}" for flag, (value, _) in flags.items() if flag not in {*own, "data"}) + "."
-              for stage, flags in settings.items()]
+    lines += [f"`{stage}` " + " ".join(f"{flag}={value}" for flag, (value, _) in flags.items()) + "." for stage, flags in settings.items()]
     text = "\n".join(lines)
     print(text)
-    if args.readme:
-        begin, end = f"<!-- rows of {args.data.name} -->\n", f"\n<!-- end of {args.data.name} -->"
-        before, found, rest = args.readme.read_text().partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise InputError(f"{args.readme} has no lines {begin.strip()} and {end.strip()} to write the tables between")
-        write(args.readme, lambda file: file.write((before + begin + text + end + after).encode()))
+    name, readme = args.data.resolve().name, args.readme.read_text() if args.readme else ""
+    begin, end = f"<!-- rows of {name} -->\n", f"<!-- end of {name} -->"
+    if begin in readme and end in readme:
+        before, rest = readme.split(begin)
+        write(args.readme, lambda file: file.write(f"{before}{begin}{text}\n{end}{rest.split(end)[1]}".encode()))
 
 
 def images_a_class(dataset, labels):
@@ -1395,9 +1401,9 @@ def main():
     parser = commands.add(export, "our seeds for other people's code")
     parser.add_argument("--to", type=Path, required=True, help="folder to write ID/CLASS.npy into")
     parser = commands.add(report, "mean and deviation over the seeds of all rows")
-    parser.add_argument("--rows", nargs="+", default=["transcam", "no-noise", "noise-x1", "noise-x2", "untrained"], help="rows to list first")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="missing ones are named")
-    parser.add_argument("--readme", type=Path, help="write the tables into this file too, between <!-- rows of NAME --> and <!-- end of NAME -->")
+    parser.add_argument("--rows", nargs="+", default=[], help="rows to list first, not run or not")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs; missing ones are named")
+    parser.add_argument("--readme", type=Path, help="where it has <!-- rows of NAME --> and <!-- end of NAME -->, write the tables between")
     commands.add(check, "look for what would break a stage")
     for function, help in ((toy, "draw the toy set"), (voc, "prepare PASCAL VOC 2012"), (coco, "prepare MS COCO 2014")):
         parser = commands.commands.add_parser(function.__name__, help=help, description=function.__doc__)

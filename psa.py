@@ -375,7 +375,7 @@ def pair_kinds(labels, radius):
 def affinity_loss(affinities, labels, radius, batch=None, eps=1e-5):
     """1/4 background pairs + 1/4 pairs of one class + 1/2 unlike pairs, each a mean over the batch; void left out (PSA).
 
-    affinities: (B, 34, h', w'), labels: (B, h, w) at stride 8, batch: the labels of a batch of which these are a part  ->  scalar
+    affinities: (B, 34, h', w'), labels: (B, h, w) at stride 8, batch: (B', h, w), of which these may be a part  ->  scalar
     """
     kinds = pair_kinds(labels, radius)
     counts = [chosen.sum() + eps for chosen in (kinds if batch is None else pair_kinds(batch, radius))]
@@ -520,7 +520,8 @@ def walk_scores(net, photo, cams, background_score, beta, steps):
     maps = F.pad(torch.cat([torch.full_like(cams[:1] if len(cams) else photo[:1], background_score), cams]), pad)
     features = net(F.pad(photo, pad)[None])
     radius = radius_for(*features.shape[2:])
-    return random_walk(F.avg_pool2d(maps, STRIDE), affinity(features, radius)[0], radius, beta, steps)
+    with torch.autocast(photo.device.type, enabled=False):  # rounded 2^7 times to half precision a constant map would not stay one
+        return random_walk(F.avg_pool2d(maps, STRIDE), affinity(features, radius)[0], radius, beta, steps)
 
 
 def pseudo_label(scores, classes, photo, num_classes):

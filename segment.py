@@ -155,8 +155,8 @@ def _write_segmentation(scores, photo_path, path, crf, with_overlay):
         data.write(path.with_name(f"{path.stem}_overlay.png"), lambda file: picture.save(file, format="PNG"))
 
 
-def segment(args, photos, paths, with_overlay=False):
-    """Run OUT/segmenter.pth on photos (id: path) and write their masks (id: path), each with an overlay if asked for."""
+def segment(args, photos, folder, with_overlay=False):
+    """Run OUT/segmenter.pth on photos (id: path) and write their masks, FOLDER/ID.png, each with an overlay if asked for."""
     saved = data.read_weights(args.out / "segmenter.pth")
     trained = argparse.Namespace(**{**saved["settings"], "from_scratch": True})
     net = DeepLab(make_backbone(trained), len(saved["model"]["cls_conv.bias"]))
@@ -174,9 +174,9 @@ def segment(args, photos, paths, with_overlay=False):
         for id, size, scaled in data.loader(data.Images(photos.get, list(photos), item), None, args, train=False):
             with data.autocast(args):
                 scores = probabilities(net, [p.to(args.device) for p in scaled], size)
-            yield scores.cpu().numpy(), photos[id], paths[id], args.crf, with_overlay
+            yield scores.cpu().numpy(), photos[id], folder / f"{id}.png", args.crf, with_overlay
 
-    for _ in data.in_processes(_write_segmentation, jobs(), args.workers, len(photos), "segmentation", next(iter(paths.values())).parent):
+    for _ in data.in_processes(_write_segmentation, jobs(), args.workers, len(photos), "segmentation", folder):
         pass
 
 
@@ -192,7 +192,7 @@ def predict(args):
     if stage.is_done(todo):
         return
     stage.start()
-    segment(args, {id: dataset.image(id) for id in todo}, paths)
+    segment(args, {id: dataset.image(id) for id in todo}, args.out / "segmentation")
     stage.finish()
 
 
@@ -206,30 +206,33 @@ def predict_paths(args):
             id = data.photo_id(path.relative_to(start).as_posix() if start.is_dir() else path.name)
             if photos.setdefault(id, path) != path:
                 raise data.InputError(f"two photos would be written as {id}: {photos[id]} and {path}")
+    if not photos:
+        raise data.InputError(f"no photos in {', '.join(map(str, args.paths))}: of {' '.join(data.PHOTOS)}")
     data.read_record(args.out, "segmenter")
-    segment(args, photos, {id: args.out / "predictions" / f"{id}.png" for id in photos}, with_overlay=True)
+    segment(args, photos, args.out / "predictions", with_overlay=True)
     print(f"{len(photos)} photos -> {args.out / 'predictions'}")
 
 
 def submit(args):
     """Segment VOC's test list and pack the masks as its evaluation server wants them -> OUT/results.tar.gz"""
     dataset = data.DataSet(args.data)
-    names = {id: f"results/VOC2012/Segmentation/comp6_test_cls/{id}.png" for id in dataset.ids(args.split)}
+    ids, inside = dataset.ids(args.split), Path("results/VOC2012/Segmentation/comp6_test_cls")
     stage = data.Stage(args, "submission", reads=("segmenter",))
-    paths = {id: args.out / name for id, name in names.items()}
-    todo, archive = stage.todo(paths), args.out / "results.tar.gz"
+    todo, archive = stage.todo({id: args.out / inside / f"{id}.png" for id in ids}), args.out / "results.tar.gz"
     stage.start()
-    segment(args, {id: dataset.image(id) for id in todo}, paths)
+    if todo:
+        segment(args, {id: dataset.image(id) for id in todo}, args.out / inside)
 
     def pack(file):
         with tarfile.open(fileobj=file, mode="w:gz") as tar:
-            for id, name in names.items():
-                tar.add(paths[id], name)
+            for id in ids:
+                tar.add(args.out / inside / f"{id}.png", inside / f"{id}.png")
 
     data.write(archive, pack)
     with tarfile.open(archive) as tar:  # what the server will see
         found = {member.name: Image.open(tar.extractfile(member)) for member in tar}
-        for id, name in names.items():
+        for id in ids:
+            name = f"{inside}/{id}.png"
             if name not in found or found[name].mode != "P" or found[name].size != data.read_image(dataset.image(id)).size:
                 raise data.InputError(f"{archive} lacks a right {name}")
     stage.finish()

@@ -85,8 +85,9 @@ def test_floor_of_background_everywhere_is_its_share_of_the_masks(done):
 
 def test_entropy_of_the_attention_is_logged_before_and_after_each_epoch(done):
     _, out, said = done
-    entropy = json.loads((out / "classifier.json").read_text())["entropy"]
-    assert np.shape(entropy) == (3, 4) and 0 < np.min(entropy) and np.max(entropy) <= 1  # two epochs, four blocks
+    logged = json.loads((out / "classifier.json").read_text())["entropy"]
+    entropy = list(logged.values())
+    assert list(logged) == ["0", "3", "6"] and np.shape(entropy) == (3, 4) and 0 < np.min(entropy) and np.max(entropy) <= 1
     assert [f"{np.mean(blocks):.4f} of uniform" in said["train"] for blocks in entropy] == [True] * 3
     row = json.loads((out / "results.json").read_text())["rows"][0]
     assert row["entropy"] == pytest.approx(np.mean(entropy[-1]))
@@ -199,7 +200,8 @@ def test_training_resumed_between_epochs_equals_one_that_never_stopped(done, tmp
 
 
 @pytest.mark.parametrize("make, blocks", [
-    (lambda: Conformer("nano", 3), lambda net: net.stages()), (lambda: psa.ResNet38(2), lambda net: net.children())])
+    (lambda: Conformer("nano", 3), lambda net: net.stages()), (lambda: psa.ResNet38(2), lambda net: net.children()),
+    (lambda: psa.ResNetStages("resnet50"), lambda net: net.children())])
 def test_recomputed_activations_change_neither_gradients_nor_statistics(make, blocks):
     found = []
     for again in (False, True):
@@ -296,20 +298,23 @@ def write_run(folder, miou, noise="1", epochs=1):
 
 
 def test_report_gives_mean_and_deviation_and_names_what_is_missing(tmp_path):
-    for row, seed, miou in (("transcam", 0, 50.0), ("transcam", 2, 60.0), ("noise-x1", 0, 70.0)):
+    for row, seed, miou in (("transcam", 0, 50.0), ("transcam", 2, 60.0), ("transcam", 10, 99.0), ("noise-x1", 0, 70.0)):
         write_run(tmp_path / f"rows/{row}-seed{seed}", miou, noise=row)
+    write_run(tmp_path / "rows/untrained-seed0", 1.0, epochs=0)
     readme = tmp_path / "README.md"
-    readme.write_text("above\n<!-- rows of toy -->\nearlier tables\n<!-- end of toy -->\nbelow\n")
-    flags = ("report", "--data", tmp_path / "toy", "--out", tmp_path, "--readme", readme)
-    said = run("data.py", *flags)
+    readme.write_text("above\n<!-- rows of toy -->\n<!-- end of toy -->\nbelow\n")
+    flags = ("report", "--data", tmp_path / "toy", "--out", tmp_path, "--readme", readme, "--rows", "transcam", "noise-x2")
+    for _ in range(2):  # again into its own tables
+        said = run("data.py", *flags)
+        table = said[said.index("| row"):]
+        assert readme.read_text() == f"above\n<!-- rows of toy -->\n{table}<!-- end of toy -->\nbelow\n"
     assert "| transcam | 0, 2 (1 not run) | 50.00 ± 0.00 (50.00, 50.00) | 0.250 ± 0.000 (0.250, 0.250) | not run | 55.00 ± 7.07 (50.00, 60.00) " in said
     assert "| noise-x1 | 0 (1, 2 not run) | 50.00 | 0.250 | not run | 70.00 | not run | not run | 0.50 |" in said
     assert "| noise-x2 |  (0, 1, 2 not run) | not run |" in said and "| background | | | | | 9.00 | | | |" in said
     assert "| transcam | 54.00 | 54.00 |" in said and "On card. " in said and "`classifier` epochs=1." in said
-    text = readme.read_text()
-    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "earlier" not in text and "55.00 ± 7.07" in text
+    assert said.index("| noise-x2") < said.index("| noise-x1") < said.index("| untrained")
     write_run(tmp_path / "rows/noise-x1-seed1", 70.0, epochs=2)
-    assert "--epochs" in run("data.py", *flags, status=1) and readme.read_text() == text  # runs of unlike settings are no table
+    assert "--epochs 2" in run("data.py", *flags, status=1) and table in readme.read_text()  # runs of unlike settings are no table
     assert "make results" in run("data.py", "report", "--data", tmp_path, "--out", tmp_path / "none", status=1)
 
 
@@ -323,6 +328,8 @@ def test_make_results_runs_rows_and_seeds_that_are_missing(toy, tmp_path):
     assert [line.split("/rows/")[1].split()[0] for line in trained] == ["noise-x2-seed0", "transcam-seed1", "noise-x2-seed1", "untrained-seed0"]
     assert "--noise 2" in trained[0] and "--seed 1" in trained[1] and "--loss transcam" in trained[1] and "--epochs 0" in trained[3]
     assert sum("segment.py train" in line for line in lines) == 1 and "data.py report" in lines[-1]
+    wrong = subprocess.run(["make", "-n", "results", f"OUT={tmp_path}", "ROWS=noise-x4"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode and "no row noise-x4" in wrong.stderr
 
 
 # ---------------------------------------------------------------- errors: one line, status 1
@@ -380,6 +387,13 @@ def test_errors_are_one_line_of_a_process(tmp_path):
 
 def test_a_wrong_flag_has_status_2(toy):
     run("bnr.py", "train", "--data", toy, "--loss", "mse", status=2)
+
+
+def test_an_unknown_device_or_number_of_images_is_an_error(toy, tmp_path):
+    assert "neither cuda" in run("data.py", "eval", "--data", toy, "--out", tmp_path, "--device", "mps", status=1)
+    assert "--micro-batch -1" in refused("bnr.py", "train", "--data", toy, "--out", tmp_path, *CLASSIFIER, "--micro-batch", -1)
+    (tmp_path / "empty").mkdir()
+    assert "no photos in" in refused("segment.py", "predict", tmp_path / "empty", "--out", tmp_path)
 
 
 def test_a_gpu_that_is_not_there_is_an_error(toy):

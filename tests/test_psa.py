@@ -143,6 +143,13 @@ def test_walk_on_a_map_too_small_for_pairs_changes_nothing_or_mixes(size):
     assert out.shape == maps.shape and out.min() >= maps.min() and out.max() <= maps.max() + 1e-6
 
 
+def test_walk_in_mixed_precision_keeps_a_constant_map():
+    net = psa.AffinityNet(psa.ResNet38(1)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = psa.walk_scores(net, torch.randn(3, 96, 96), torch.rand(1, 96, 96), 0.42, 14, 128)
+    torch.testing.assert_close(scores[0], torch.full((12, 12), 0.42), atol=1e-4, rtol=0)
+
+
 def test_walk_scores_pad_the_photo_to_multiples_of_eight():
     net = psa.AffinityNet(psa.ResNet38(1)).eval()
     scores = psa.walk_scores(net, torch.randn(3, 41, 60), torch.rand(2, 41, 60), 0.42, 14, 4)
