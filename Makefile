@@ -81,7 +81,7 @@ show: $(ENV) $(TOY)
 	$(PYTHON) bnr.py show $(COMMON) $(PICK)
 
 results: $(ENV) $(RUNS)
-	$(PYTHON) data.py report $(COMMON) --rows $(ROWS) untrained --seeds $(SEEDS) --readme README.md
+	$(PYTHON) data.py report $(COMMON) --rows transcam no-noise noise-x1 noise-x2 untrained --seeds $(sort 0 1 2 $(SEEDS)) --readme README.md
 
 $(OUT)/rows/%/results.json:
 	$(if $(FLAGS_$(ROW)),,$(error no row $(ROW): ROWS are of transcam no-noise noise-x1 noise-x2))
@@ -98,7 +98,7 @@ coco: $(if $(TOY),,$(ENV))
 	$(PYTHON) data.py coco --root $(DATA)
 
 test: $(ENV)
-	$(PYTHON) -m pytest tests
+	$(PYTHON) -m pytest -rs tests
 
 bench: $(ENV)
 	$(PYTHON) tests/benchmark.py $(BENCH_FLAGS)

@@ -991,7 +991,7 @@ def report(args):
         hours = sum(sum(run["seconds"].values()) for run in runs.get(row, {}).values()) / 3600
         lines.append("| " + " | ".join([
             row, seeds, cell(row, "classifier", "map", scale=100), cell(row, "classifier", "entropy", 3),
-            *(cell(row, stage) for stage in ("plain CAM", "refined seeds", "pseudo labels", "segmenter")), f"{hours:.2f}"]) + " |")
+            *(cell(row, stage) for stage in ("plain CAM", "refined seeds", "pseudo labels", "segmenter")), f"{hours:.2f}" if have else ""]) + " |")
     one = next(iter(next(iter(runs.values())).values()))
     for r in one["rows"]:
         if r["stage"] in ("random seeds", "background"):

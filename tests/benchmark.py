@@ -356,6 +356,9 @@ def export(args):
          0.1 if cuda else 1e-3, repeats=min(2, args.repeats))
     if not cuda:
         race(args, "export", "the same, ours with --amp (bf16)", *export_forms(batch, sides, args.device, amp=True), None, 0.1, repeats=1)
+    for side in () if args.quick else (256, 512, 768, 1024):
+        form = export_forms(batch, [side], args.device)[1]
+        note(args, "export", f"{batch} photos at {side} and mirrored", None, 1000 * median_of(form, args.device), "ms")
 
 
 def train_forms(batch, side, again, device):
