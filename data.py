@@ -562,12 +562,12 @@ def write_json(path, value):
 class Bar(tqdm):
     """tqdm that says once, some seconds into a run, what the whole will take: hours, disk, memory.
 
-    writes: the file that the run writes, or the folder of its files, one an item
+    writes: the file that the run writes, or the folder of its files, one an item; None where it writes none
     """
 
     AFTER = 20  # seconds
 
-    def __init__(self, *args, writes=Path(), initial=0, **kwargs):
+    def __init__(self, *args, writes=None, initial=0, **kwargs):
         super().__init__(*args, initial=initial, **kwargs)
         self.what, self.writes, self.done, self.first, self.told = kwargs["desc"], writes, initial, None, False
 
@@ -582,14 +582,19 @@ class Bar(tqdm):
 
     def tell(self, seconds):
         line = f"estimate: {seconds / 3600:.2f} h to go, {peak_memory():.1f} GB of memory"
-        with contextlib.suppress(OSError):  # a worker renames a file while it is counted, or none is written yet
+        if self.writes:
+            line += self.disk()
+        self.write(f"{self.what}: {line}")
+
+    def disk(self):
+        try:
             one = self.writes.is_file()
             sizes = [p.stat().st_size for p in ([self.writes] if one else self.writes.rglob("*")) if p.is_file()]
             more = 0 if one else sum(sizes) / max(1, len(sizes)) * (self.total - self.done)
-            line += f", {(sum(sizes) + more) / 1e9:.2f} GB of disk"
-            if more > shutil.disk_usage(self.writes).free:
-                line += ", which is more than is free"
-        self.write(f"{self.what}: {line}")
+            full = ", which is more than is free" if more > shutil.disk_usage(self.writes).free else ""
+            return f", {(sum(sizes) + more) / 1e9:.2f} GB of disk{full}"
+        except OSError:  # a worker renames a file while it is counted, or none is written yet
+            return ""
 
 
 def peak_memory():
@@ -600,7 +605,7 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6 / 1.024)
 
 
-def in_processes(work, jobs, workers, total, what, writes=Path()):
+def in_processes(work, jobs, workers, total, what, writes=None):
     """Yield work(*job) of each job, in any order, from a pool of processes; `jobs` may be a generator that computes."""
     with Bar(total=total, desc=what, unit="img", writes=writes) as bar:
         if workers == 0 or total < 2:

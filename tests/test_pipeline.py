@@ -253,6 +253,10 @@ def test_a_long_stage_says_what_it_will_take(tmp_path, monkeypatch, capsys):
             bar.update()
     said = capsys.readouterr()
     assert len(re.findall(r"cams: estimate: \d+\.\d\d h to go, \d+\.\d GB of memory, 5\.00 GB of disk", said.out + said.err)) == 1
+    with data.Bar(total=2, desc="score") as bar:  # writes nothing
+        bar.update(), bar.update()
+    said = capsys.readouterr()
+    assert "score: estimate: " in said.out + said.err and "disk" not in said.out + said.err
 
 
 def test_show_draws_a_row_of_six_panels(done):
