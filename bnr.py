@@ -73,11 +73,11 @@ def attend(qks, maps):
     width = qks[0][0].shape[-1]
     out = []
     for part in maps.flatten(2).split(width, dim=1):  # torch's fused kernels want values as wide as the queries
-        values = F.pad(part.transpose(1, 2), (0, width - part.shape[1], 1, 0))  # (B, 1+N, D/H)
+        values = F.pad(part.transpose(1, 2), (0, width - part.shape[1], 1, 0)).to(qks[0][0].dtype)  # (B, 1+N, D/H)
+        values = values[:, None].repeat(1, qks[0][0].shape[1], 1, 1)  # (B, H, 1+N, D/H)
         total = 0
         for q, k in qks:
-            v = values.to(q.dtype)[:, None].expand(-1, q.shape[1], -1, -1)
-            total = total + F.scaled_dot_product_attention(q, k, v)[:, :, 1:, :part.shape[1]].float().mean(1)
+            total = total + F.scaled_dot_product_attention(q, k, values)[:, :, 1:, :part.shape[1]].float().mean(1)
         out.append(total.transpose(1, 2))  # (B, up to D/H classes, N)
     return torch.cat(out, dim=1).view(B, K, h, w)
 
@@ -184,7 +184,7 @@ def loss_of(model, images, labels, loss, noise):
 def augment(args):
     """PIL photo -> float32 (3, crop, crop)"""
     return v2.Compose([
-        data.ResizeLongSide(*args.long_side), v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3, 0.1),
+        lambda photo: data.random_long_side(photo, *args.long_side), v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3, 0.1),
         v2.RandomCrop(args.crop, pad_if_needed=True, fill=data.MEAN_COLOUR), data.to_tensor()])
 
 
@@ -204,7 +204,7 @@ def build(args, num_labels):
     for name, block in model.blocks():
         if args.sharpness and f"{name}.attn.qkv.weight" in fresh:
             init_attention(block, args.sharpness)
-    return data.place(model, args)
+    return model.to(args.device, memory_format=torch.channels_last)
 
 
 def train(args):
@@ -300,7 +300,7 @@ def cams(args):
     # TransCAM's heads have an unused background class in row 0.
     state = {k: v[1:] if k.startswith(HEADS) and len(v) == dataset.num_classes else v for k, v in state.items()}
     data.load_weights(model, state, path, hint=hint)
-    model = data.place(model, args).eval()
+    model = model.to(args.device, memory_format=torch.channels_last).eval()
     labels = dict(zip(ids, dataset.labels(ids)))
     stage.start()
     sizes = [max(STRIDE, round(settings["crop"] * s / STRIDE) * STRIDE) for s in args.scales]

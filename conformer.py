@@ -176,18 +176,13 @@ class Conformer(nn.Module):
 
         self.depth = sum(depths)
         drop = torch.linspace(0, DROP_PATH, self.depth).tolist()
-        stage, inputs = 2, width
-        for level, blocks in enumerate(depths):
-            for first in [True] + [False] * (blocks - 1):
-                if level == 0 and first:
-                    continue  # stage 1 is conv_1 beside trans_1
-                outputs = width * 2 ** level
-                self.add_module(f"conv_trans_{stage}", ConvTransBlock(
-                    inputs, outputs, dim, heads, token_stride=4 // 2 ** level, stride=2 if first else 1,
-                    drop_path=drop[stage - 1], last=stage == self.depth))
-                stage, inputs = stage + 1, outputs
+        levels = [level for level, blocks in enumerate(depths) for _ in range(blocks)]  # of each stage: stride 4, 8 or 16
+        for stage, (before, level) in enumerate(zip(levels, levels[1:]), start=2):  # stage 1 is conv_1 beside trans_1
+            self.add_module(f"conv_trans_{stage}", ConvTransBlock(
+                width * 2 ** before, width * 2 ** level, dim, heads, token_stride=4 // 2 ** level, stride=2 if level > before else 1,
+                drop_path=drop[stage - 1], last=stage == self.depth))
         self.trans_cls_head = nn.Linear(dim, num_classes)
-        self.conv_cls_head = nn.Conv2d(inputs, num_classes, 3, padding=1)
+        self.conv_cls_head = nn.Conv2d(width * 2 ** levels[-1], num_classes, 3, padding=1)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(_init)
 

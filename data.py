@@ -14,14 +14,17 @@ ImageSets/Segmentation/{train_aug,train,val}.txt, classes.txt (optional, VOC's 2
 from labels.txt ("ID name name ...") or else from Annotations/ID.xml. Or any folder of photos with a labels.txt.
 """
 import argparse
+import collections
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import sys
@@ -30,8 +33,8 @@ import uuid
 import zlib
 import xml.etree.ElementTree as ElementTree
 from array import array
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import numpy as np
@@ -248,24 +251,14 @@ def write_lines(path, lines):
 
 # ---------------------------------------------------------------- transforms (PIL image, and mask where there is one)
 
-class ResizeLongSide(v2.Transform):
-    """The longer side becomes a random length in [low, high] pixels (Pillow bicubic, antialiased)."""
+def rescale(image, factor, mode=InterpolationMode.BICUBIC):
+    """Both sides times `factor`, at least one pixel each; Pillow's bicubic is antialiased. A PIL image, or a mask with NEAREST"""
+    return v2.functional.resize(image, [max(1, round(side * factor)) for side in v2.functional.get_size(image)], mode)
 
-    def __init__(self, low, high):
-        super().__init__()
-        self.low, self.high = low, high
 
-    def make_params(self, flat_inputs):
-        width, height = v2.functional.get_size(flat_inputs[0])[::-1]
-        scale = int(torch.randint(self.low, self.high + 1, ())) / max(width, height)
-        return {"size": [max(1, round(height * scale)), max(1, round(width * scale))]}
-
-    _get_params = make_params  # its name before torchvision 0.21
-
-    def transform(self, image, params):
-        return v2.functional.resize(image, params["size"], InterpolationMode.BICUBIC)
-
-    _transform = transform
+def random_long_side(image, low, high):
+    """The longer side becomes a random length in [low, high] pixels."""
+    return rescale(image, int(torch.randint(low, high + 1, ())) / max(image.size))
 
 
 def to_tensor():
@@ -292,8 +285,9 @@ def loader(images, batch, args, train):
     if train and len(images) < batch:
         raise InputError(f"{len(images)} training images are fewer than a batch of {batch}: see --batch-size")
     gpu = args.device.type == "cuda"  # on the CPU the network takes all cores, and loading in turn is faster
-    return torch.utils.data.DataLoader(images, batch, shuffle=train, drop_last=train, num_workers=args.workers if gpu else 0,
-                                       pin_memory=gpu, generator=torch.Generator())
+    workers = args.workers if gpu and "fork" in get_all_start_methods() else 0  # `item` may be a closure, which only a fork passes on
+    return torch.utils.data.DataLoader(images, batch, shuffle=train, drop_last=train, num_workers=workers, pin_memory=gpu,
+                                       multiprocessing_context="fork" if workers else None, generator=torch.Generator())
 
 
 # ---------------------------------------------------------------- seeds
@@ -463,6 +457,9 @@ class Commands:
                 np.random.seed(args.seed)
                 torch.manual_seed(args.seed)
             args.function(args)
+        except torch.cuda.OutOfMemoryError:
+            sys.exit(f"error: the card has too little memory after {peak_memory():.1f} GB: try --micro-batch and --recompute in training, "
+                     "a smaller --batch-size in cams, smaller photos or --scales in predict")
         except (InputError, OSError) as error:
             # From a loader's worker the message comes with a traceback in front.
             sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("data.InputError: "))
@@ -472,19 +469,22 @@ class Commands:
 
 def pick_device(name):
     """The device, printed; with a warning where a GPU is seen but cannot be used."""
-    try:
-        torch.ones(1, device="cuda").add(1)
-        usable = True
-    except (RuntimeError, AssertionError):  # no GPU, no driver that fits, or a torch without kernels for this card
-        usable = False
     if name and name.partition(":")[0] not in ("cuda", "cpu"):
         raise InputError(f"--device {name} is neither cuda (or cuda:N) nor cpu")
-    if name and name.startswith("cuda") and not usable:
-        raise InputError(f"--device {name}: torch {torch.__version__} finds no usable GPU")
+    usable = False
+    if not name or name.startswith("cuda"):
+        with contextlib.suppress(RuntimeError, AssertionError):  # no GPU, no driver that fits, a torch without kernels for this card
+            torch.ones(1, device=name or "cuda").add(1)
+            usable = True
+        if name and not usable:
+            raise InputError(f"--device {name}: torch {torch.__version__} finds no usable GPU")
     device = torch.device(name or ("cuda" if usable else "cpu"))
     print(f"device: {device} ({device_name(device)})", flush=True)
-    if not usable and Path("/proc/driver/nvidia/version").exists():
+    if not name and not usable and Path("/proc/driver/nvidia/version").exists():
         print(f"warning: a GPU is there, but torch {torch.__version__} cannot use it: compare its CUDA version with the driver's")
+    if usable:
+        # cuDNN's backward pass read past the end where 1 + N is no multiple of 128 (pytorch/pytorch#169849): flash takes over.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -514,7 +514,7 @@ def read_record(out, stage):
 
 
 class Stage:
-    """One stage of a run: its record OUT/NAME.json of settings, inputs, seconds and results, and what of it is done.
+    """One stage of a run: its record OUT/NAME.json of settings, inputs, seconds, peak memory, results, and what of it is done.
 
     The record of an earlier run stands where settings and inputs are the same: done, or to be gone on with.
     """
@@ -546,13 +546,14 @@ class Stage:
     def save(self):
         now = time.time()
         self.record["seconds"] += now - self.clock
+        self.record["peak_gb"] = max(self.record.get("peak_gb", 0), peak_memory())
         self.clock = now
         write_json(self.path, self.record)
 
     def finish(self, **results):
         self.record.update(results, done=True, device=device_name(self.args.device))
         self.save()
-        print(f"{self.name}: {self.record['seconds']:.0f} s -> {self.args.out / self.name}", flush=True)
+        print(f"{self.name}: {self.record['seconds']:.0f} s, {self.record['peak_gb']:.1f} GB -> {self.args.out / self.name}", flush=True)
 
 
 def write_json(path, value):
@@ -575,22 +576,17 @@ class Bar(tqdm):
         super().update(n)
         self.done += n
         self.first = self.first or (time.time(), self.done)  # what comes before the first item is no part of the pace
-        taken, items = time.time() - self.first[0], self.done - self.first[1]
+        taken, items, left = time.time() - self.first[0], self.done - self.first[1], self.total - self.done
         if not self.told and items and taken > self.AFTER:
             self.told = True
-            self.tell(taken / items * (self.total - self.done))
+            self.write(f"{self.what}: estimate: {taken / items * left / 3600:.2f} h to go, {peak_memory():.1f} GB of memory"
+                       + (self.disk(left) if self.writes else ""))
 
-    def tell(self, seconds):
-        line = f"estimate: {seconds / 3600:.2f} h to go, {peak_memory():.1f} GB of memory"
-        if self.writes:
-            line += self.disk()
-        self.write(f"{self.what}: {line}")
-
-    def disk(self):
+    def disk(self, left):
         try:
-            one = self.writes.is_file()
-            sizes = [p.stat().st_size for p in ([self.writes] if one else self.writes.rglob("*")) if p.is_file()]
-            more = 0 if one else sum(sizes) / max(1, len(sizes)) * (self.total - self.done)
+            folder = self.writes.is_dir()
+            sizes = [p.stat().st_size for p in (self.writes.rglob("*") if folder else [self.writes]) if p.is_file()]
+            more = folder and sum(sizes) / max(1, len(sizes)) * left
             full = ", which is more than is free" if more > shutil.disk_usage(self.writes).free else ""
             return f", {(sum(sizes) + more) / 1e9:.2f} GB of disk{full}"
         except OSError:  # a worker renames a file while it is counted, or none is written yet
@@ -602,31 +598,30 @@ def peak_memory():
     card = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_initialized() else 0
     if card > 0.1:
         return card
+    status = Path("/proc/self/status")  # Linux's getrusage starts with the peak of whoever started this process
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.is_file() else None
+    if peak:
+        return int(peak[1]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6 / 1.024)
 
 
 def in_processes(work, jobs, workers, total, what, writes=None):
-    """Yield work(*job) of each job, in any order, from a pool of processes; `jobs` may be a generator that computes."""
+    """Yield work(*job) of each job, in order, from a pool of processes; `jobs` may be a generator that computes."""
     with Bar(total=total, desc=what, unit="img", writes=writes) as bar:
-        if workers == 0 or total < 2:
-            for job in jobs:
-                yield work(*job)
-                bar.update()
-            return
-        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            waiting = set()
-            for job in jobs:
-                waiting.add(pool.submit(work, *job))
-                if len(waiting) >= 4 * workers:  # bounds the memory of what waits
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        yield future.result()
-                        bar.update()
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-                    bar.update()
+        for result in itertools.starmap(work, jobs) if workers == 0 or total < 2 else _pooled(work, jobs, workers):
+            yield result
+            bar.update()
+
+
+def _pooled(work, jobs, workers):
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        waiting = collections.deque()
+        for job in jobs:
+            waiting.append(pool.submit(work, *job))
+            if len(waiting) >= 2 * workers:  # bounds the memory of what waits
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def amp_dtype(device):
@@ -637,11 +632,6 @@ def amp_dtype(device):
 
 def autocast(args):
     return torch.autocast(args.device.type, amp_dtype(args.device), enabled=args.amp)
-
-
-def place(model, args, channels_last=True):
-    """The model on the device, channels_last where it helps."""
-    return model.to(args.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
 def recompute(blocks):
@@ -700,7 +690,8 @@ def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 
     if path.is_file() and (saved := read_weights(path, quiet=True)).get("id") == record["id"]:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty where the run began without fp16
+            scaler.load_state_dict(saved["scaler"])
         step = saved["step"]
     else:
         save()
@@ -767,7 +758,7 @@ def load_weights(model, state, path, heads=(), partial=False, hint=""):
     heads: prefixes of names whose tensors may be missing or of another shape, and then start fresh.
     partial: the file may lack more than that. Returns the names left fresh.
     """
-    own = {k: v for k, v in model.state_dict().items()}
+    own = model.state_dict()
     state = state.items() if isinstance(state, dict) else ()
     state = {k: v for k, v in state if isinstance(v, torch.Tensor) and not k.endswith("num_batches_tracked")}
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
@@ -781,11 +772,8 @@ def load_weights(model, state, path, heads=(), partial=False, hint=""):
                          f"first {example} (file {shapes[0]}, network {shapes[1]}){hint}")
     model.load_state_dict({**own, **{k: v.float() for k, v in fits.items()}})
     if fresh:
-        groups = {}
-        for name in fresh:
-            group = name.rsplit(".", 1)[0].split(".")
-            groups.setdefault(".".join(group[:2]), []).append(name)
-        print(f"{path}: {len(fits)} tensors loaded; fresh: " + ", ".join(f"{g} ({len(n)})" for g, n in groups.items()))
+        groups = collections.Counter(".".join(name.rsplit(".", 1)[0].split(".")[:2]) for name in fresh)
+        print(f"{path}: {len(fits)} tensors loaded; fresh: " + ", ".join(f"{g} ({n})" for g, n in groups.items()))
     return fresh
 
 
@@ -805,39 +793,32 @@ def _score_seeds(mask_path, folder, id, names, kind):
     classes, cams = read_any_seeds(folder, id, names, kind)
     if len(classes) and cams.shape[1:] != mask.shape:
         raise InputError(f"the class maps of {id} in {folder} are {cams.shape[1:]}, its mask {mask.shape}")
-    return confusion_over_thresholds(mask, classes, cams, 1 + len(names)), 0, 0
+    return confusion_over_thresholds(mask, classes, cams, 1 + len(names))
 
 
 def _score_floor(mask_path, id, classes, num_classes):
-    """Seeds at random, of the photo's own labels, at THRESHOLDS; last background everywhere. -> (61, S, S), 0, 0"""
+    """Seeds at random, of the photo's own labels, at THRESHOLDS; last background everywhere. -> (61, S, S)"""
     mask = read_mask_within(mask_path, num_classes)
     maps = np.random.RandomState(zlib.crc32(id.encode())).rand(len(classes), 16, 16)
     at_random = confusion_over_thresholds(mask, classes, combine_scales([torch.from_numpy(maps).float()], mask.shape).numpy(), num_classes)
-    return np.concatenate([at_random, confusion(mask, np.zeros_like(mask), num_classes)[None]]), 0, 0
+    return np.concatenate([at_random, confusion(mask, np.zeros_like(mask), num_classes)[None]])
 
 
 def _score_mask(mask_path, folder, id, names):
+    """-> (S+1, S+1), the last column what the prediction leaves void"""
     path, num_classes = folder / f"{id}.png", 1 + len(names)
     if not path.is_file():
         raise InputError(f"no prediction {path}")
     mask, prediction = (read_mask_within(p, num_classes) for p in (mask_path, path))
     if prediction.shape != mask.shape:
         raise InputError(f"{path} is {prediction.shape}, its mask {mask.shape}")
-    seen = mask != VOID
-    return confusion(mask, prediction, num_classes), int((seen & (prediction != VOID)).sum()), int(seen.sum())
+    return confusion(mask, np.where(prediction == VOID, num_classes, prediction), num_classes + 1)
 
 
-def score(work, dataset, ids, workers, what, *more):
-    """Sum over `ids` of what `work(mask path, *more)` counts: confusion matrices, and the share of pixels covered.
-
-    more: values, or functions that make them of the id (`str`: the id itself)
-    """
-    require([dataset.mask(id) for id in ids])
-    jobs = ((dataset.mask(id), *(x(id) if callable(x) else x for x in more)) for id in ids)
-    matrix = covered = seen = 0
-    for part in in_processes(work, jobs, workers if len(ids) > 1000 else 0, len(ids), what):  # a pool takes seconds to start
-        matrix, covered, seen = (a + b for a, b in zip((matrix, covered, seen), part))
-    return matrix, covered / max(seen, 1)
+def score(work, jobs, workers, what):
+    """Sum of the pixel counts that `work` makes of each job, (mask path, ...)."""
+    require([path for path, *_ in jobs])
+    return sum(in_processes(work, jobs, workers if len(jobs) > 1000 else 0, len(jobs), what))  # a pool takes seconds to start
 
 
 def best_of(matrices):
@@ -850,20 +831,21 @@ def best_of(matrices):
 
 
 def score_seeds(dataset, ids, folder, workers, name):
-    return best_of(score(_score_seeds, dataset, ids, workers, f"{name} seeds", folder, str, dataset.classes, name)[0])
+    jobs = [(dataset.mask(id), folder, id, dataset.classes, name) for id in ids]
+    return best_of(score(_score_seeds, jobs, workers, f"{name} seeds"))
 
 
 def score_floor(dataset, ids, workers):
     """-> the rows of seeds at random and of background everywhere"""
-    own = {id: row.nonzero()[:, 0].numpy() + 1 for id, row in zip(ids, dataset.labels(ids))}
-    matrices, _ = score(_score_floor, dataset, ids, workers, "floor", str, own.get, dataset.num_classes)
+    jobs = [(dataset.mask(id), id, own.nonzero()[:, 0].numpy() + 1, dataset.num_classes) for id, own in zip(ids, dataset.labels(ids))]
+    matrices = score(_score_floor, jobs, workers, "floor")
     each = iou(matrices[-1])
     return best_of(matrices[:-1]), {"iou": each.tolist(), "miou": 100 * float(np.nanmean(each))}
 
 
 def score_masks(dataset, ids, folder, workers, what, threshold, crf):
-    matrix, coverage = score(_score_mask, dataset, ids, workers, what, folder, str, dataset.classes)
-    each = iou(matrix)
+    matrix = score(_score_mask, [(dataset.mask(id), folder, id, dataset.classes) for id in ids], workers, what)
+    each, coverage = iou(matrix[:-1, :-1]), float(matrix[:, :-1].sum() / max(1, matrix.sum()))
     return {"threshold": threshold, "crf": crf, "iou": each.tolist(), "miou": 100 * float(np.nanmean(each)), "coverage": coverage}
 
 

@@ -7,8 +7,8 @@
 The dense CRF (Kraehenbuehl & Koltun 2011) is pydensecrf's; ResNet-38 (Wu et al. 2019) is also the segmenter's backbone.
 """
 import argparse
+import math
 import re
-import struct
 import warnings
 from pathlib import Path
 
@@ -22,12 +22,12 @@ from torchvision.transforms import v2
 
 import data
 
+NARROW = {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3}  # for short trainings
 PRESETS = {
     "voc": {},
     "coco": {},
-    "toy": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 8, "crop": 96, "log_steps": 5,
-            "foreground": 0.5, "background": 0.15, "background_score": 0.3},
-    "small": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "epochs": 1, "crop": 128},
+    "toy": {**NARROW, "epochs": 8, "crop": 96, "log_steps": 5, "foreground": 0.5, "background": 0.15, "background_score": 0.3},
+    "small": {**NARROW, "epochs": 1, "crop": 128},
 }
 STRIDE = 8  # pixels of the photo one affinity feature stands for
 RADIUS = 5  # places within it are compared
@@ -271,41 +271,34 @@ def read_mxnet(path, hint=""):
     data.print_sha256(path)
     raw, at = path.read_bytes(), 0
 
-    def take(form, count=1):
+    def take(kind, *shape):
         nonlocal at
-        size = struct.calcsize(f"<{count}{form}")
-        if count < 0 or at + size > len(raw):
-            raise ValueError("it ends early")
-        values = struct.unpack_from(f"<{count}{form}", raw, at)
+        size = math.prod(shape) * np.dtype(kind).itemsize
+        if min(shape, default=0) < 0 or at + size > len(raw):
+            raise ValueError(f"at byte {at} it lacks {kind} of shape {shape}")
+        out = np.frombuffer(raw[at:at + size], kind).reshape(shape)
         at += size
-        return values if count != 1 else values[0]
-
-    def array():
-        nonlocal at
-        magic = take("I")
-        if magic == 0xF993FAC9 and take("i") != 0:
-            raise ValueError("it holds a sparse array")
-        new = magic in (0xF993FAC8, 0xF993FAC9)
-        rank = take("I") if new else magic
-        if not 1 <= rank <= 8:
-            raise ValueError(f"an array of rank {rank}")
-        shape = np.atleast_1d(take("q" if new else "I", rank)).tolist()
-        take("i", 2)  # device type and id
-        kind = {0: np.float32, 1: np.float64, 2: np.float16}.get(take("i"))
-        count = 1
-        for side in shape:
-            count *= side
-        if kind is None or min(shape) < 1 or at + count * np.dtype(kind).itemsize > len(raw):
-            raise ValueError(f"an array of shape {tuple(shape)} that does not fit in it")
-        out = np.frombuffer(raw, kind, count, at).reshape(shape).astype(np.float32)
-        at += count * np.dtype(kind).itemsize
         return out
 
+    def array():
+        magic = take("<u4")
+        if magic == 0xF993FAC9 and take("<i4") != 0:
+            raise ValueError("it holds a sparse array")
+        new = magic in (0xF993FAC8, 0xF993FAC9)
+        rank = int(take("<u4") if new else magic)
+        if not 1 <= rank <= 8:
+            raise ValueError(f"an array of rank {rank}")
+        shape = take("<i8" if new else "<u4", rank).tolist()
+        *_, kind = take("<i4", 3).tolist()  # after the device's type and id
+        if kind not in (0, 1, 2):
+            raise ValueError(f"an array of type {kind}")
+        return take(("<f4", "<f8", "<f2")[kind], *shape).astype(np.float32)
+
     try:
-        if take("Q", 2) != (0x112, 0):
+        if take("<u8", 2).tolist() != [0x112, 0]:
             raise ValueError("no MXNet list")
-        arrays = [array() for _ in range(take("Q"))]
-        names = ["".join(map(chr, np.atleast_1d(take("B", take("Q"))))) for _ in range(take("Q"))]
+        arrays = [array() for _ in range(take("<u8"))]
+        names = [take("u1", int(take("<u8"))).tobytes().decode("latin1") for _ in range(take("<u8"))]
         if len(names) != len(arrays):
             raise ValueError(f"{len(arrays)} arrays, {len(names)} names")
     except ValueError as error:
@@ -436,7 +429,7 @@ def parameter_groups(model, new, lr, weight_decay):
 
 def place(model, args):
     """On the device; channels_last on cuda only: on the CPU torch 2.15's kernels crash on some narrow ResNet-38s."""
-    return data.place(model, args, channels_last=args.device.type == "cuda")
+    return model.to(args.device, memory_format=torch.channels_last if args.device.type == "cuda" else torch.preserve_format)
 
 
 def make_optimizer(args, model, new, momentum):
@@ -517,7 +510,7 @@ def walk_scores(net, photo, cams, background_score, beta, steps):
     photo: normalised (3, H, W), cams: (k, H, W) in [0, 1]  ->  float32 (1 + k, H'/8, W'/8), H' and W' multiples of 8
     """
     pad = (0, -photo.shape[2] % STRIDE, 0, -photo.shape[1] % STRIDE)
-    maps = F.pad(torch.cat([torch.full_like(cams[:1] if len(cams) else photo[:1], background_score), cams]), pad)
+    maps = F.pad(torch.cat([torch.full_like(photo[:1], background_score), cams]), pad)
     features = net(F.pad(photo, pad)[None])
     radius = radius_for(*features.shape[2:])
     with torch.autocast(photo.device.type, enabled=False):  # rounded 2^7 times to half precision a constant map would not stay one

@@ -18,15 +18,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 import data
-from psa import add_network_flags, crf_inference, freeze_batch_norm, make_backbone, make_optimizer, place
+from psa import NARROW, add_network_flags, crf_inference, freeze_batch_norm, make_backbone, make_optimizer, place
 
 PRESETS = {
     "voc": {},
     "coco": {},
-    "toy": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1000, "batch_size": 8,
-            "crop": 96, "scale_range": (0.4, 0.6), "scales": (0.4, 0.5, 0.6)},
-    "small": {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3, "iterations": 1500, "batch_size": 8,
-              "crop": 128, "scale_range": (0.4, 0.8), "scales": (0.4, 0.6, 0.8)},
+    "toy": {**NARROW, "iterations": 1000, "batch_size": 8, "crop": 96, "scale_range": (0.4, 0.6), "scales": (0.4, 0.5, 0.6)},
+    "small": {**NARROW, "iterations": 1500, "batch_size": 8, "crop": 128, "scale_range": (0.4, 0.8), "scales": (0.4, 0.6, 0.8)},
 }
 NEW = ("conv_fov", "conv_fov2", "cls_conv")
 CRF_SCORES = {"gauss": (3, 3), "bilateral": (32, 13, 10), "steps": 1}  # sxy, compat; sxy, srgb, compat
@@ -96,9 +94,7 @@ def jitter_hsv(photo):
 def random_scale(photo, label, low, high):
     """Both sides times one random factor: photo bicubic (Pillow, antialiased), label nearest."""
     factor = float(torch.empty(()).uniform_(low, high))
-    size = [max(1, round(side * factor)) for side in photo.size[::-1]]
-    return (v2.functional.resize(photo, size, InterpolationMode.BICUBIC),
-            v2.functional.resize(label, size, InterpolationMode.NEAREST))
+    return data.rescale(photo, factor), data.rescale(label, factor, InterpolationMode.NEAREST)
 
 
 def train(args):
@@ -112,7 +108,7 @@ def train(args):
     crop = v2.RandomCrop(args.crop, pad_if_needed=True, fill={tv_tensors.Mask: data.VOID, "others": data.MEAN_COLOUR})
 
     def item(id, photo):
-        label = tv_tensors.Mask(data.read_mask(labels / f"{id}.png"))
+        label = tv_tensors.Mask(data.read_mask_within(labels / f"{id}.png", dataset.num_classes))
         photo, label = crop(*random_scale(*flip(jitter_hsv(photo), label), *args.scale_range))
         return tensor(photo), label.as_subclass(torch.Tensor).long()
 
@@ -165,10 +161,7 @@ def segment(args, photos, folder, with_overlay=False):
     tensor = data.to_tensor()
 
     def item(id, photo):
-        size = photo.size[::-1]
-        scaled = [v2.functional.resize(photo, [max(1, round(side * s)) for side in size], InterpolationMode.BICUBIC)
-                  for s in args.scales]
-        return id, size, [tensor(p) for p in scaled]
+        return id, photo.size[::-1], [tensor(data.rescale(photo, s)) for s in args.scales]
 
     def jobs():
         for id, size, scaled in data.loader(data.Images(photos.get, list(photos), item), None, args, train=False):

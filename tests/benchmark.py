@@ -1,6 +1,6 @@
 """Plain forms against ours: that both give the same result, and how much less time, memory or disk ours takes.
 
-    python tests/benchmark.py                      every row, some minutes on a CPU
+    python tests/benchmark.py                      every row but compiled and cards, a quarter of an hour on a CPU
     python tests/benchmark.py --only walk crf      these rows alone
     python tests/benchmark.py --quick              smaller sizes, for which no goal is set
 
@@ -9,7 +9,7 @@ in one process, and the median counts; peak memory is what a form adds in a fres
 """
 import argparse
 import copy
-import resource
+import json
 import statistics
 import sys
 import tempfile
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from conftest import largest_difference, plain_crf  # also puts the repository on the path
+from conftest import largest_difference, plain_crf, run_process  # also puts the repository on the path
 
 import bnr
 import conformer
@@ -75,14 +75,14 @@ def peak(which, forms, *sizes):
         before = torch.cuda.memory_allocated()
         form()
         return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = data.peak_memory()
     form()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 10
+    return (data.peak_memory() - before) * 1e9 / 2 ** 20
 
 
 def memory(*job):
-    """`peak` in a fresh process. Not a spawned one: Linux has it start with the peak of its parent."""
-    with get_context("forkserver").Pool(1) as pool:
+    """`peak` in a fresh process."""
+    with get_context("spawn").Pool(1) as pool:
         return pool.apply(peak, job)
 
 
@@ -362,29 +362,29 @@ def export(args):
 
 
 def train_forms(batch, side, again, device):
-    """Gradients of eq. 9, Conformer-S; again: ours with --recompute. -> plain, ours"""
+    """Gradients of eq. 9, Conformer-S, of random images or those given; again: ours with --recompute. -> plain, ours"""
     published, model = (net.train() for net in conformers(device))
     if again:
         data.recompute(model.stages())
-    images, labels = torch.randn(batch, 3, side, side, device=device), torch.eye(FOREGROUND, device=device)[[0] * batch]
+    noise, labels = torch.randn(batch, 3, side, side, device=device), torch.eye(FOREGROUND, device=device)[[0] * batch]
 
-    def step(net, loss):
+    def step(net, loss, images):
         torch.manual_seed(1)  # of the drop path
         net.zero_grad()
-        value = loss(net)
+        value = loss(net, images)
         value.backward()
         return value.detach()
 
-    def plain_loss(net):
+    def plain_loss(net, images):
         cam, z, attns = bnr.forward(net, images)
         attn = plain_attention(attns)
         noisy = bnr.noisy_cam(attn, bnr.refined_cam(attn, cam), len(attns), 1)
         return bnr.bnr_loss(z, noisy.mean((2, 3)), labels)
 
-    def our_loss(net):
+    def our_loss(net, images):
         with data.autocast(flags_for(device)):
             return bnr.loss_of(net, images, labels, "bnr", "1")
-    return (lambda: step(published, plain_loss)), (lambda: step(model, our_loss))
+    return (lambda: step(published, plain_loss, noise)), (lambda images=noise: step(model, our_loss, images))
 
 
 def train(args):
@@ -402,6 +402,81 @@ def train(args):
     for part, side, again in ((batch, side, True), *(() if args.quick else ((batch, n, False) for n in (256, 768, 1024)))):
         form = train_forms(part, side, again, args.device)[1]
         note(args, "train", f"batch {part} at {side}{', recompute' * again}", None, 1000 * median_of(form, args.device), "ms")
+
+
+def loader(args):
+    """Training steps whose tensors are ready, and fed by the real loader; a photo's loading and augmentation in one process."""
+    cuda = args.device.type == "cuda"
+    batch, side, count = (8, 512, 100) if cuda else (1, 128 if args.quick else 512, 4)
+    step = train_forms(batch, side, False, args.device)[1]
+    flags = argparse.Namespace(device=args.device, crop=side, long_side=(320, 640), workers=8)
+    with tempfile.TemporaryDirectory() as folder:
+        for n in range(8):
+            data.toy_picture(np.random.RandomState(n))[0].resize((500, 375)).save(f"{folder}/{n}.jpg", quality=95)
+        prepare = bnr.augment(flags)
+        images = data.Images(lambda id: f"{folder}/{id}.jpg", [n % 8 for n in range(batch * count)], lambda id, image: prepare(image))
+        alone = statistics.median(seconds(lambda: images[n % len(images)], torch.device("cpu"))[0] for n in range(24))
+
+        def ready():
+            for _ in range(count):
+                step()
+
+        def loaded():
+            for photos in data.loader(images, batch, flags, True):
+                step(photos.to(args.device, non_blocking=True))
+
+        ready()
+        times = [1000 * seconds(form, args.device)[0] / count for form in (ready, loaded)]
+    note(args, "loader", f"batch {batch} at {side}: ready, loaded", *times, "ms", goal=0.9)
+    note(args, "loader", "one photo, one process", None, 1000 * alone, "ms")
+
+
+def compiled(args):
+    """torch.compile: a pass of the classifier, and a training step without the drop path, whose random numbers it changes."""
+    batch, side = 8 if args.device.type == "cuda" else 1, 128 if args.quick else 512
+    for what in ("pass", "step"):
+        nets = conformers(args.device)[1], conformers(args.device)[1]
+        nets[1].forward = torch.compile(nets[1].forward)
+        images, labels = torch.randn(batch, 3, side, side, device=args.device), torch.eye(FOREGROUND, device=args.device)[[0] * batch]
+        for module in (m for net in nets for m in net.modules() if isinstance(m, conformer.DropPath)):
+            module.p = 0
+
+        def form(net):
+            with torch.set_grad_enabled(what == "step"), data.autocast(flags_for(args.device)):
+                if what == "pass":
+                    return bnr.forward(net.eval(), images)[0]
+                loss = bnr.loss_of(net.train(), images, labels, "bnr", "1")
+            loss.backward()
+            return loss.detach()
+
+        race(args, "compiled", f"{what}, batch {batch} at {side}: eager, compiled", *(lambda net=net: form(net) for net in nets),
+             tolerance=0.1 if args.device.type == "cuda" else 1e-4)
+
+
+def cards(args):
+    """Peak memory of the three trainings at their published sizes, in half precision: two steps of the real commands on toy pictures."""
+    with tempfile.TemporaryDirectory() as folder:
+        root, out, weights = Path(folder, "toy"), Path(folder, "out"), Path(folder, "resnet38.pth")
+        torch.save(psa.ResNet38().state_dict(), weights)  # with --from-scratch more layers would train
+        at = "--data", root, "--out", out, "--device", args.device
+        run_process("data.py", "toy", "--root", root, "--train", 20, "--val", 0)
+        for script, *rest in (("bnr.py", "train", "--epochs", 0), ("bnr.py", "cams"), ("psa.py", "labels")):
+            run_process(script, *rest, *at, "--preset", "toy")
+        train_aug = root / "ImageSets" / "Segmentation" / "train_aug.txt"
+        ids = train_aug.read_text().split()
+        at = *at, "--preset", "voc", "--amp", *(("--crop", 64) if args.quick else ())
+        resnet = "--resnet38", weights
+        for name, batch, script, *rest in (
+                ("classifier", 8, "bnr.py", "--from-scratch", "--epochs", 1), ("affinitynet", 8, "psa.py", *resnet, "--epochs", 1),
+                ("segmenter", 10, "segment.py", *resnet, "--iterations", 2, "--labels", root / "SegmentationClass")):
+            for part, again in ((batch, False), (batch, True), (4, False), (4, True), (2, False), (2, True), (1, False), (1, True)):
+                train_aug.write_text("\n".join(ids[:2 * part]))
+                record = out / f"{name}.json"
+                record.unlink(missing_ok=True)  # or it is done already
+                # --micro-batch takes as much as a batch of that size, but eight times as long.
+                run_process(script, "train", *at, *rest, "--batch-size", part, *(["--recompute"] if again else []))
+                used = json.loads(record.read_text())["peak_gb"]
+                note(args, "cards", f"{name}, {part} photos at a time{', recompute' * again}", None, used, "GB")
 
 
 def optimizer(args):
@@ -473,9 +548,9 @@ def stages(args):
 
 
 def main():
-    rows = {f.__name__: f for f in (attention, walk, crf, affinity, sweep, files, confusion, export, optimizer, train, stages)}
+    rows = {f.__name__: f for f in (attention, walk, crf, affinity, sweep, files, confusion, export, optimizer, train, loader, stages, compiled, cards)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=rows, default=list(rows), help="rows to run (default: all)")
+    parser.add_argument("--only", nargs="+", choices=rows, default=list(rows)[:-2], help="rows to run (default: all but compiled and cards)")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each form, less where it takes many seconds")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, no goals")
     parser.add_argument("--device", type=torch.device, default="cpu", help="of all rows but crf, sweep, files and confusion")

@@ -143,10 +143,6 @@ def test_stage_sizes_follow_the_stride_and_other_sizes_are_refused():
         model(torch.randn(1, 3, 50, 64))
 
 
-def test_nano_has_about_a_million_parameters():
-    assert 0.7e6 < sum(p.numel() for p in Conformer("nano", 5).parameters()) < 1.5e6
-
-
 def test_sharp_start_makes_a_token_attend_to_its_like():
     torch.manual_seed(0)
     block = Conformer("nano", 4).trans_1

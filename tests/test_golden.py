@@ -25,7 +25,7 @@ def small():
     return model
 
 
-@pytest.mark.parametrize("arch", ["tiny", "small", "base"])
+@pytest.mark.parametrize("arch", ["tiny", "base"])  # small: the fixture above loads all its names
 def test_conformer_has_the_published_names_and_shapes(arch):
     shapes = {k: list(v.shape) for k, v in Conformer(arch, 21).state_dict().items()}
     assert shapes == json.loads((GOLDEN / f"conformer_{arch}_keys.json").read_text())

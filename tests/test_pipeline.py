@@ -269,20 +269,6 @@ def test_show_draws_a_row_of_six_panels(done):
     assert height == 60 + 8 and width == 6 * (round(60 * photo[0] / photo[1]) + 4) + 4
 
 
-def test_cams_takes_a_transcam_classifier_and_drops_its_background_row(done, tmp_path):
-    toy, out, _ = done
-    state = torch.load(out / "classifier.pth", weights_only=True)["model"]
-    for name in ("conv_cls_head", "trans_cls_head"):
-        for kind in ("weight", "bias"):
-            value = state[f"{name}.{kind}"]
-            state[f"{name}.{kind}"] = torch.cat([torch.full_like(value[:1], 1e6), value])
-    torch.save(state, tmp_path / "transcam.pth")
-    run("bnr.py", "cams", "--data", toy, "--out", tmp_path, *SMALL, "--crop", 64, "--weights", tmp_path / "transcam.pth")
-    for path in (tmp_path / "cams").iterdir():
-        ours, theirs = data.read_seeds(path), data.read_seeds(out / "cams" / path.name)
-        assert (ours[0] == theirs[0]).all() and np.abs(ours[1] - theirs[1]).max() < 1e-5
-
-
 def test_a_partial_file_needs_partial_and_fresh_blocks_start_sharp(done, tmp_path):
     toy, out, _ = done
     state = torch.load(out / "classifier.pth", weights_only=True)["model"]

@@ -1,6 +1,5 @@
 """Dense CRF, affinities, random walk, ResNet-38, and the segmenter built on it."""
 import argparse
-import json
 import struct
 from urllib.error import URLError
 
@@ -156,12 +155,6 @@ def test_walk_scores_pad_the_photo_to_multiples_of_eight():
     assert scores.shape == (3, 6, 8)
     none = psa.walk_scores(net, torch.randn(3, 16, 16), torch.zeros(0, 16, 16), 0.42, 14, 4)
     torch.testing.assert_close(none, torch.full((1, 2, 2), 0.42))
-
-
-def test_published_names_and_shapes_of_affinitynet_and_deeplab():
-    for keys, net in (("affinity", psa.AffinityNet(psa.ResNet38())), ("deeplab", segment.DeepLab(psa.ResNet38(), 21))):
-        own = {(k.removeprefix("backbone.") if keys == "affinity" else k): list(v.shape) for k, v in net.state_dict().items()}
-        assert own == json.loads((GOLDEN / f"{keys}_keys.json").read_text())
 
 
 def test_affinitynet_freezes_the_first_layers_and_every_batch_norm():
