@@ -7,6 +7,7 @@ transformer that has no published weights. Parameter names are those of the auth
     features, token, qk = Conformer("small", num_classes)(images)
 """
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -54,14 +55,6 @@ class Attention(nn.Module):
         return self.proj(x), (q, k)
 
 
-class Mlp(nn.Sequential):
-    def __init__(self, dim):
-        super().__init__()
-        self.add_module("fc1", nn.Linear(dim, 4 * dim))
-        self.add_module("act", nn.GELU())
-        self.add_module("fc2", nn.Linear(4 * dim, dim))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block. (B, 1+N, D) -> (B, 1+N, D), (queries, keys) of shape (B, H, 1+N, D/H)."""
 
@@ -70,7 +63,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=LN_EPS)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=LN_EPS)
-        self.mlp = Mlp(dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):

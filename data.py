@@ -51,6 +51,7 @@ from tqdm import tqdm
 
 VOID = 255  # mask value that never counts
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of RGB in [0, 1]
+LARGE = 1000  # pixels of a photo's longer side, twice VOC's, from which `check` warns
 MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp")  # endings, in either case
 THRESHOLDS = np.arange(60, dtype=np.float32) / 100  # of the seeds: 0.00 ... 0.59
@@ -98,7 +99,7 @@ class DataSet:
         names = [split] + (["trainaug"] if split == "train_aug" else [])
         path = next((p for p in (folder / f"{n}.txt" for n in names) if p.is_file()), None)
         if path is None:
-            if self.photos == self.root and split == "train_aug":
+            if self.photos == self.root and split in ("train_aug", "train"):
                 path, ids = self.root / "labels.txt", list(self._labels)
             elif required:
                 raise InputError(f"{folder} has no {split}.txt: one image id a line")
@@ -251,9 +252,9 @@ def write_lines(path, lines):
 
 # ---------------------------------------------------------------- transforms (PIL image, and mask where there is one)
 
-def rescale(image, factor, mode=InterpolationMode.BICUBIC):
-    """Both sides times `factor`, at least one pixel each; Pillow's bicubic is antialiased. A PIL image, or a mask with NEAREST"""
-    return v2.functional.resize(image, [max(1, round(side * factor)) for side in v2.functional.get_size(image)], mode)
+def rescale(image, factor):
+    """Both sides times `factor`, at least one pixel each (Pillow bicubic, antialiased)."""
+    return v2.functional.resize(image, [max(1, round(side * factor)) for side in image.size[::-1]], InterpolationMode.BICUBIC)
 
 
 def random_long_side(image, low, high):
@@ -433,7 +434,7 @@ class Commands:
         parser = self.commands.add_parser(name or function.__name__, help=help, description=function.__doc__,
                                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         parser.set_defaults(function=function, parser=parser)
-        parser.add_argument("--data", type=Path, default=Path("data/toy"), help="data set in VOC layout")
+        parser.add_argument("--data", type=Path, help="data set in VOC layout (default: that of the run in --out, else data/toy)")
         parser.add_argument("--out", type=Path, help="folder of all results (default: out/NAME OF DATA)")
         parser.add_argument("--preset", choices=self.presets, help="table of defaults (default: toy for data/toy, else voc)")
         parser.add_argument("--device", help="cuda or cpu (default: cuda where it works)")
@@ -446,11 +447,12 @@ class Commands:
         args = self.parser.parse_args()
         try:
             if "preset" in args:
-                preset = args.preset or ("toy" if args.data == Path("data/toy") else "voc")
+                folder = args.data or data_of(args.out) or Path("data/toy")
+                preset = args.preset or ("toy" if folder.resolve() == Path("data/toy").resolve() else "voc")
                 known = {k: v for k, v in self.presets[preset].items() if k in args}
                 args.parser.set_defaults(**known)
                 args = self.parser.parse_args()
-                args.preset, args.out = preset, args.out or Path("out") / args.data.resolve().name
+                args.data, args.preset, args.out = folder, preset, args.out or Path("out") / folder.resolve().name
                 args.device = pick_device(args.device)
                 args.amp = args.device.type == "cuda" if args.amp is None else args.amp
                 random.seed(args.seed)
@@ -465,6 +467,12 @@ class Commands:
             sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("data.InputError: "))
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+def data_of(out):
+    """The data set of the run in this folder, None where there is none."""
+    records = (out / f"{stage}.json" for stage in STAGES if out)
+    return next((Path(json.loads(p.read_text())["settings"]["data"]) for p in records if p.is_file()), None)
 
 
 def pick_device(name):
@@ -953,7 +961,7 @@ def report(args):
     if not runs:
         raise InputError(f'no ROW-seedN/results.json in {folder}: run "make results"')
     runs = {row: dict(sorted(runs[row].items())) for row in sorted(runs)}
-    own = {"loss", "noise", "seed", "split", "data"}
+    own = {"loss", "noise", "seed", "data"}
     for row, seed, run in ((row, seed, run) for row, seeds in runs.items() for seed, run in seeds.items()):
         for stage, flag, value in ((s, f, v) for s, flags in run["settings"].items() for f, v in flags.items()):
             value = Path(value).name if isinstance(value, str) else value  # a file may lie elsewhere
@@ -1008,7 +1016,7 @@ def images_a_class(dataset, labels):
 
 def check(args):
     """Count a data set's files and name what would break a stage; exit status 1 if something would."""
-    dataset, problems, unlike = DataSet(args.data), [], []
+    dataset, problems, unlike, large = DataSet(args.data), [], [], []
     try:
         print(f"{len(dataset.photo_of)} photos in {dataset.photos}")
     except InputError as error:  # two of one id
@@ -1023,6 +1031,8 @@ def check(args):
     for id in tqdm(sorted(set().union(*splits.values())), unit="img"):
         try:
             width, height = read_image(dataset.image(id)).size
+            if max(width, height) > LARGE:
+                large.append(f"{id}: {width}x{height}")
             if dataset.mask(id).is_file():
                 mask = read_mask_within(dataset.mask(id), dataset.num_classes)
                 if mask.shape != (height, width):
@@ -1034,6 +1044,9 @@ def check(args):
             problems.append(str(error))
     if unlike:
         print(f"note: masks and labels of {len(unlike)} photos differ, first {unlike[0]}")
+    if large:
+        print(f"note: {len(large)} photos are longer than {LARGE} pixels, first {large[0]}: crops, CRF and walk are set for VOC's 500, "
+              "and memory grows with the area: better shrink them")
     for line in problems[:20]:
         print(f"problem: {line}")
     if problems:

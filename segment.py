@@ -93,8 +93,8 @@ def jitter_hsv(photo):
 
 def random_scale(photo, label, low, high):
     """Both sides times one random factor: photo bicubic (Pillow, antialiased), label nearest."""
-    factor = float(torch.empty(()).uniform_(low, high))
-    return data.rescale(photo, factor), data.rescale(label, factor, InterpolationMode.NEAREST)
+    photo = data.rescale(photo, float(torch.empty(()).uniform_(low, high)))
+    return photo, v2.functional.resize(label, photo.size[::-1], InterpolationMode.NEAREST)
 
 
 def train(args):

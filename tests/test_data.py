@@ -62,6 +62,7 @@ def test_a_folder_of_photos_with_labels_is_a_data_set(tmp_path):
     dataset = data.DataSet(tmp_path)
     assert dataset.classes == ["apple", "plum"] and dataset.num_classes == 3
     assert dataset.ids("train_aug") == ["a", "far/b", "far/away/c", "d"] and dataset.ids("val", required=False) == []
+    assert dataset.ids("train") == dataset.ids("train_aug")
     assert dataset.image("far/away/c") == tmp_path / "far/away/c.PNG"
     assert dataset.labels(["a", "far/b", "d"]).tolist() == [[0, 1], [1, 1], [0, 0]]
     Image.new("RGB", (5, 4)).save(tmp_path / "far/b.png")
@@ -206,6 +207,9 @@ def test_check_names_what_would_break_a_stage(tmp_path):
     data.write_mask(tmp_path / "SegmentationClass/a.png", np.full((30, 20), 2))
     said = run("data.py", "check", "--data", tmp_path)
     assert "no problems" in said and "note: masks and labels of 1 photos differ, first a: mask dog, labels cat" in said
+    assert "longer than" not in said
+    Image.new("RGB", (2000, 10)).save(tmp_path / "JPEGImages/c.jpg")
+    assert "note: 1 photos are longer than 1000 pixels, first c: 2000x10" in run("data.py", "check", "--data", tmp_path)
     Image.new("RGB", (20, 30)).save(tmp_path / "JPEGImages/b.png")
     assert "two photos have the id b" in run("data.py", "check", "--data", tmp_path, status=1)
     (tmp_path / "JPEGImages/b.png").unlink()

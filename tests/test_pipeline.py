@@ -110,7 +110,7 @@ def test_anybodys_masks_and_class_maps_are_scored_alike(done, tmp_path):
     rows = {r["stage"]: r for r in json.loads((out / "results.json").read_text())["rows"]}
     said = run("data.py", "eval", "--data", toy, "--masks", out / "pseudo_labels", "--seeds", out / "cams", *SMALL)
     assert f"{rows['pseudo labels']['miou']:.2f}" in said and f"{rows['refined seeds']['miou']:.2f}" in said
-    run("data.py", "export", "--data", toy, "--out", out, "--to", tmp_path / "npy", *SMALL)
+    run("data.py", "export", "--out", out, "--to", tmp_path / "npy")  # the data set is that of the run
     said = run("data.py", "eval", "--data", toy, "--seeds", tmp_path / "npy", *SMALL)
     assert f"{rows['refined seeds']['miou']:.2f}" in said
     id = data.DataSet(toy).ids("train")[0]
@@ -127,6 +127,11 @@ def test_the_segmenter_trains_on_anybodys_masks(done, tmp_path):
     assert torch.equal(*both)
     lacks = refused("segment.py", "train", "--data", toy, "--out", tmp_path / "new", *SEGMENTER, "--labels", tmp_path)
     assert "lacks 24 of 24" in lacks
+    shutil.copytree(out / "pseudo_labels", tmp_path / "foreign")
+    id = data.DataSet(toy).ids("train")[0]
+    data.write_mask(tmp_path / "foreign" / f"{id}.png", np.full((9, 9), 77))
+    flags = ("--data", toy, "--out", tmp_path / "new", *SMALL, *SEGMENTER, "--labels", tmp_path / "foreign")
+    assert f"{id}.png has value 77, but there are 6 classes" in refused("segment.py", "train", *flags)
 
 
 def test_any_photos_are_segmented_each_with_an_overlay(done, tmp_path):
@@ -242,7 +247,30 @@ def test_networks_train_in_micro_batches_and_recompute(done, tmp_path):
         more = ("--micro-batch", 3, "--recompute")
         assert "micro_batch=3" in run(script, "train", "--data", toy, "--out", tmp_path, *SMALL, *flags, *more)
     for name in ("classifier", "segmenter", "affinitynet"):
-        assert json.loads((tmp_path / f"{name}.json").read_text())["done"]
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert record["done"] and 0.1 < record["peak_gb"] < 100
+
+
+def test_a_run_begun_without_a_loss_scale_goes_on_with_one(tmp_path, monkeypatch):
+    def fit(epochs):
+        net = torch.nn.Linear(4, 3)
+        args = argparse.Namespace(out=tmp_path, device=torch.device("cpu"), amp=epochs == 2, seed=0, micro_batch=0)
+        stage = argparse.Namespace(args=args, name="net", record={"id": "0", "settings": {}}, save=lambda: None)
+        batches = data.loader(torch.utils.data.TensorDataset(torch.randn(10, 4)), 5, argparse.Namespace(device=args.device), train=True)
+        data.fit(stage, net, torch.optim.SGD(net.parameters(), 0.5), batches, lambda part, batch: net(part[0]).square().mean(), 2 * epochs)
+        return data.read_weights(tmp_path / "net.pth", quiet=True)
+
+    assert not fit(1)["scaler"]
+    monkeypatch.setattr(data, "amp_dtype", lambda device: torch.float16)
+    resumed = fit(2)
+    assert resumed["step"] == 4 and resumed["scaler"]["scale"] > 1
+
+
+def test_a_full_card_is_told_in_one_line(monkeypatch):
+    def show(args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    monkeypatch.setattr(bnr, "show", show)
+    assert re.fullmatch(r"device: .*\nerror: the card has too little memory.*--micro-batch.*\n", run("bnr.py", "show", "--device", "cpu", status=1))
 
 
 def test_a_long_stage_says_what_it_will_take(tmp_path, monkeypatch, capsys):

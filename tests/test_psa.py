@@ -286,6 +286,6 @@ def test_hsv_jitter_shifts_a_colour_by_little_and_keeps_the_size():
 def test_random_scale_resizes_photo_and_label_alike():
     label = tv_tensors.Mask(torch.tensor([[0, 3], [255, 7]], dtype=torch.uint8).repeat_interleave(20, 0).repeat_interleave(20, 1))
     for _ in range(10):
-        photo, scaled = segment.random_scale(Image.new("RGB", (40, 40)), label, 0.5, 1.5)
-        assert photo.size == tuple(scaled.shape[::-1]) and 20 <= photo.size[0] <= 60
+        photo, scaled = segment.random_scale(Image.new("RGB", (60, 40)), label, 0.5, 1.5)  # a label of another size follows the photo
+        assert photo.size == tuple(scaled.shape[::-1]) and 30 <= photo.size[0] <= 90
         assert set(scaled.unique().tolist()) == {0, 3, 7, 255}
