@@ -27,6 +27,7 @@ PRESETS = {  # defaults that differ from the published VOC setting, which is tha
 }
 HEADS = ("conv_cls_head", "trans_cls_head")
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 25}  # elements of A made at a time
+CPU_MAPS = 1 << 24  # elements of the largest feature maps of one pass on the CPU: with more of them each photo takes up to a third longer
 
 
 # ---------------------------------------------------------------- equations
@@ -275,11 +276,16 @@ def export(model, images, args):
     """
     maps = {"refined": []} | ({"plain": []} if args.plain else {})
     for photos in images:
-        with data.autocast(args):
-            cam, _, qks = forward(model, torch.cat([photos, photos.flip(3)]))
-        for name, both in (("refined", attend(qks, cam)), ("plain", cam.float())):
+        both = torch.cat([photos, photos.flip(3)])
+        largest = model.conv_1.conv3.out_channels * both[0, 0].numel() // 16  # of one image, at stride 4
+        found = []
+        for part in both.split(len(both) if both.is_cuda else max(1, CPU_MAPS // largest)):
+            with data.autocast(args):
+                cam, _, qks = forward(model, part)
+            found.append((attend(qks, cam), cam.float()))
+        for name, parts in zip(("refined", "plain"), zip(*found)):
             if name in maps:
-                straight, mirrored = both.chunk(2)
+                straight, mirrored = torch.cat(parts).chunk(2)
                 maps[name].append((straight + mirrored.flip(3)).cpu())
     return maps
 

@@ -333,7 +333,7 @@ def read_seeds(path, name="refined"):
         raise InputError(f'cannot read {name} seeds from {path}: {error}: run "make cams"') from None
 
 
-def read_any_seeds(folder, id, names, name="refined"):
+def read_any_seeds(folder, id, names, name):
     """Our FOLDER/ID.npz, or FOLDER/ID/CLASS.npy of anybody, each (H, W); `names` are the K classes. -> as `read_seeds`"""
     if (folder / f"{id}.npz").is_file():
         return read_seeds(folder / f"{id}.npz", name)

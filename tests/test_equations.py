@@ -1,4 +1,6 @@
 """Equations 1-9: cases worked by hand, and each fast form against the plain form of the same equation."""
+import argparse
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,7 +125,7 @@ def test_noisy_logits_of_half_precision_queries_are_computed_in_float32():
     assert all(x.grad.dtype == torch.bfloat16 and x.grad.abs().max() > 0 for qk in qks for x in qk)
 
 
-def test_bnr_gradient_reaches_queries_of_every_block_and_transcam_not_through_the_maps():
+def test_bnr_gradient_reaches_queries_of_every_block():
     torch.manual_seed(0)
     model, labels = Conformer("nano", 4), torch.tensor([[1.0, 0, 1, 0]])
     image = torch.randn(1, 3, 64, 64)
@@ -132,6 +134,23 @@ def test_bnr_gradient_reaches_queries_of_every_block_and_transcam_not_through_th
         q.retain_grad()
     bnr.soft_margin_loss(bnr.noisy_logits(qks, cam, 1), labels).backward()
     assert all(q.grad.abs().max() > 0 for q, _ in qks)
+
+
+def test_seeds_add_the_mirror_image_however_many_photos_a_pass_takes(monkeypatch):
+    torch.manual_seed(0)
+    model, images = Conformer("nano", 3).eval(), [torch.randn(2, 3, side, side) for side in (32, 64)]
+    flags = argparse.Namespace(plain=True, device=torch.device("cpu"), amp=False)
+    both = []
+    for elements in (bnr.CPU_MAPS, 1):
+        monkeypatch.setattr(bnr, "CPU_MAPS", elements)
+        both.append(bnr.export(model, images, flags))
+    for n, photos in enumerate(images):
+        with torch.no_grad():
+            (cam, _, qks), (mirrored, _, mirrored_qks) = (bnr.forward(model, x) for x in (photos, photos.flip(3)))
+        refined = bnr.refined_cam(plain_attention(qks), cam) + bnr.refined_cam(plain_attention(mirrored_qks), mirrored).flip(3)
+        for maps in both:
+            torch.testing.assert_close(maps["plain"][n], cam + mirrored.flip(3), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(maps["refined"][n], refined, rtol=1e-4, atol=1e-4)
 
 
 def test_stage_sizes_follow_the_stride_and_other_sizes_are_refused():
