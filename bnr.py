@@ -307,6 +307,8 @@ def cams(args):
     state = {k: v[1:] if k.startswith(HEADS) and len(v) == dataset.num_classes else v for k, v in state.items()}
     data.load_weights(model, state, path, hint=hint)
     model = model.to(args.device, memory_format=torch.channels_last).eval()
+    if args.compile:
+        model.forward = torch.compile(model.forward, dynamic=False)
     labels = dict(zip(ids, dataset.labels(ids)))
     stage.start()
     sizes = [max(STRIDE, round(settings["crop"] * s / STRIDE) * STRIDE) for s in args.scales]
@@ -394,6 +396,8 @@ def main():
     parser.add_argument("--split", help="list to export, to be scored alone (default: all photos that later stages read)")
     parser.add_argument("--scales", type=float, nargs="+", default=(0.5, 1.0, 1.5), help="of the crop")
     parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=False, help="export plain CAMs (M) too")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                        help="torch.compile the network: slower to start, then faster; needs a C++ compiler")
     parser = commands.add(show, "draw all stages of some photos in rows")
     parser.add_argument("--ids", nargs="+", help="photos to draw (default: train, or train_aug without it)")
     parser.add_argument("--first", type=int, default=4, help="only so many of them")

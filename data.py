@@ -507,7 +507,7 @@ def device_name(device):
 
 def settings_of(args, *without):
     """What a result depends on: the flags, less those that only say where and how fast."""
-    hidden = {"command", "function", "parser", "out", "device", "workers", "preset", "ids", "first", "amp", "recompute", *without}
+    hidden = {"command", "function", "parser", "out", "device", "workers", "preset", "ids", "first", "amp", "recompute", "compile", *without}
     shown = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in hidden}
     return json.loads(json.dumps(shown))
 

@@ -100,6 +100,17 @@ def test_an_untrained_classifier_and_one_list_can_be_exported(toy, tmp_path):
     assert {p.stem for p in (tmp_path / "cams").iterdir()} == set(data.DataSet(toy).ids("val"))
 
 
+def test_a_compiled_export_goes_on_with_the_same_run(done, tmp_path, monkeypatch):
+    toy, out, _ = done
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    lost, passes = next((tmp_path / "cams").iterdir()), []
+    lost.unlink()
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: lambda images: (passes.append(len(images)), forward(images))[1])
+    run("bnr.py", "cams", "--data", toy, "--out", tmp_path, *SMALL, "--compile")
+    assert passes == [2, 2, 2]  # the photo that was lost and its mirror image, at three scales
+    assert np.abs(data.read_seeds(lost)[1] - data.read_seeds(out / "cams" / lost.name)[1]).max() < 1e-4
+
+
 def test_without_masks_the_table_says_so_and_pictures_are_drawn(done):
     said = done[2]["unscored"]
     assert "has no SegmentationClass" in said and "no masks" in said and f"drawn -> {done[1] / 'labels.png'}" in said
