@@ -436,7 +436,7 @@ class Commands:
         parser.set_defaults(function=function, parser=parser)
         parser.add_argument("--data", type=Path, help="data set in VOC layout (default: that of the run in --out, else data/toy)")
         parser.add_argument("--out", type=Path, help="folder of all results (default: out/NAME OF DATA)")
-        parser.add_argument("--preset", choices=self.presets, help="table of defaults (default: toy for data/toy, else voc)")
+        parser.add_argument("--preset", choices=self.presets, help="table of defaults (default: of the run in --out, or toy for data/toy, else voc)")
         parser.add_argument("--device", help="cuda or cpu (default: cuda where it works)")
         parser.add_argument("--seed", type=int, default=0, help="of python, numpy, torch and the loader's workers")
         parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that load or run the CRF")
@@ -447,8 +447,8 @@ class Commands:
         args = self.parser.parse_args()
         try:
             if "preset" in args:
-                folder = args.data or data_of(args.out) or Path("data/toy")
-                preset = args.preset or ("toy" if folder.resolve() == Path("data/toy").resolve() else "voc")
+                folder, preset = (args.data, None) if args.data else run_in(args.out)
+                preset = args.preset or preset or ("toy" if folder.resolve() == Path("data/toy").resolve() else "voc")
                 known = {k: v for k, v in self.presets[preset].items() if k in args}
                 args.parser.set_defaults(**known)
                 args = self.parser.parse_args()
@@ -469,10 +469,11 @@ class Commands:
             sys.exit(130)
 
 
-def data_of(out):
-    """The data set of the run in this folder, None where there is none."""
-    records = (out / f"{stage}.json" for stage in STAGES if out)
-    return next((Path(json.loads(p.read_text())["settings"]["data"]) for p in records if p.is_file()), None)
+def run_in(out):
+    """Data set and preset of the run in this folder, those of the toy set where there is none."""
+    path = next((p for stage in STAGES if out and (p := out / f"{stage}.json").is_file()), None)
+    record = json.loads(path.read_text()) if path else {"settings": {"data": "data/toy"}}
+    return Path(record["settings"]["data"]), record.get("preset")
 
 
 def pick_device(name):
@@ -533,7 +534,7 @@ class Stage:
         self.record = json.loads(self.path.read_text()) if self.path.is_file() else {}
         self.resumed = all(self.record.get(k) == v for k, v in same.items())
         if not self.resumed:
-            self.record = {"id": uuid.uuid4().hex, **same, "started": time.time(), "seconds": 0, "done": False}
+            self.record = {"id": uuid.uuid4().hex, **same, "preset": args.preset, "started": time.time(), "seconds": 0, "done": False}
 
     def todo(self, paths):
         """Those of `paths` (id -> file) that this run of the stage has not written yet."""

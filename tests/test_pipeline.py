@@ -158,6 +158,9 @@ def test_any_photos_are_segmented_each_with_an_overlay(done, tmp_path):
     run("segment.py", "predict", "--data", toy, "--out", out, *SMALL, "--ids", id)
     assert (data.read_mask(out / "segmentation" / f"{id}.png") == data.read_mask(out / "predictions/one.png")).all()
     assert "no photo and no folder" in refused("segment.py", "predict", tmp_path / "absent.jpg", "--out", out)
+    first = (out / "predictions/deep/photo.png").read_bytes()
+    run("segment.py", "predict", tmp_path / "in", "--out", out, "--device", "cpu")  # preset, and so scales, are those of the run
+    assert (out / "predictions/deep/photo.png").read_bytes() == first
 
 
 def test_the_submission_is_complete_and_of_the_photos_sizes(done, tmp_path):
