@@ -704,35 +704,34 @@ def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 
         step = saved["step"]
     else:
         save()
-    bar = Bar(total=steps * images, initial=step * images, desc=stage.name, unit="img", smoothing=0.05, writes=path)
-    while step < steps:
-        # Each epoch has its own random numbers, so that a run resumed between epochs equals one that never stopped.
-        torch.manual_seed(args.seed * 1_000_003 + step)
-        batches.generator.manual_seed(args.seed * 1_000_003 + step)
-        model.train()
-        total = torch.zeros((), device=args.device)
-        for n, batch in enumerate(batches, start=1):
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * schedule(step / steps)
-            batch = [x.to(args.device, non_blocking=True) for x in batch]
-            optimizer.zero_grad(set_to_none=True)
-            for part in zip(*(x.split(args.micro_batch or images) for x in batch)):
-                with autocast(args):
-                    loss = loss_of(part, batch)
-                scaler.scale(loss).backward()
-                total += loss.detach()
-            scaler.step(optimizer)
-            scaler.update()
-            step += 1
-            bar.update(images)
-            if n % 10 == 0 or step == steps:
-                bar.set_postfix(loss=f"{total.item() / n:.4f}")
-            if step == steps:
-                break
-        if not torch.isfinite(total):
-            raise InputError(f"the loss of {stage.name} is {total.item()} at step {step} of {steps}: try a lower --lr, or --no-amp")
-        save()
-    bar.close()
+    with Bar(total=steps * images, initial=step * images, desc=stage.name, unit="img", smoothing=0.05, writes=path) as bar:
+        while step < steps:
+            # Each epoch has its own random numbers, so that a run resumed between epochs equals one that never stopped.
+            torch.manual_seed(args.seed * 1_000_003 + step)
+            batches.generator.manual_seed(args.seed * 1_000_003 + step)
+            model.train()
+            total = torch.zeros((), device=args.device)
+            for n, batch in enumerate(batches, start=1):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * schedule(step / steps)
+                batch = [x.to(args.device, non_blocking=True) for x in batch]
+                optimizer.zero_grad(set_to_none=True)
+                for part in zip(*(x.split(args.micro_batch or images) for x in batch)):
+                    with autocast(args):
+                        loss = loss_of(part, batch)
+                    scaler.scale(loss).backward()
+                    total += loss.detach()
+                scaler.step(optimizer)
+                scaler.update()
+                step += 1
+                bar.update(images)
+                if n % 10 == 0 or step == steps:
+                    bar.set_postfix(loss=f"{total.item() / n:.4f}")
+                if step == steps:
+                    break
+            if not torch.isfinite(total):
+                raise InputError(f"the loss of {stage.name} is {total.item()} at step {step} of {steps}: try a lower --lr, or --no-amp")
+            save()
 
 
 # ---------------------------------------------------------------- weight files
