@@ -481,7 +481,7 @@ def cards(args):
                 train_aug.write_text("\n".join(ids[:2 * part]))
                 record = out / f"{name}.json"
                 record.unlink(missing_ok=True)  # or it is done already
-                # --micro-batch takes as much as a batch of that size, but eight times as long.
+                # As with --micro-batch, which keeps the whole batch's photos besides (3 MB each) and takes longer.
                 run_process(script, "train", *at, *rest, "--batch-size", part, *(["--recompute"] if again else []))
                 used = json.loads(record.read_text())["peak_gb"]
                 note(args, "cards", f"{name}, {part} photos at a time{', recompute' * again}", None, used, "GB")
