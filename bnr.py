@@ -10,6 +10,7 @@ import argparse
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
@@ -26,7 +27,6 @@ PRESETS = {  # defaults that differ from the published VOC setting, which is tha
     "small": {"epochs": 1, "batch_size": 16, "lr": 2e-4, "crop": 128, "long_side": (112, 192), "scales": (1.0,), "plain": True},
 }
 HEADS = ("conv_cls_head", "trans_cls_head")
-CHUNK = {"cpu": 1 << 20, "cuda": 1 << 25}  # elements of A made at a time
 CPU_MAPS = 1 << 24  # elements of the largest feature maps of one pass on the CPU: with more of them each photo takes up to a third longer
 
 
@@ -61,8 +61,8 @@ def refined_cam(attn, cam):
 
 
 def noisy_cam(attn, refined, blocks, noise):
-    """Eqs. 6, 7: M**_s = noise * (A* / blocks) M*_s. attn: (B, N, N), refined: (B, K, h, w)  ->  (B, K, h, w)"""
-    return noise * refined_cam(attn / blocks, refined)
+    """Eqs. 6, 7: M**_s = noise * (A* / blocks) M*_s, the matrix held constant. (B, N, N), (B, K, h, w)  ->  (B, K, h, w)"""
+    return noise * refined_cam(attn.detach() / blocks, refined)
 
 
 def attend(qks, maps):
@@ -92,66 +92,13 @@ def attention_entropy(qks):
     return torch.stack([r.mean() / math.log(r.shape[-1]) for r in rows])
 
 
-class _ProductAndSums(torch.autograd.Function):
-    """A* times the maps and the column sums of A*, in both directions some rows at a time, so that no N x N matrix is kept.
+def noisy_logits(qks, refined, noise):
+    """GAP(M**), eqs. 6 and 7: `attend` again, this time on M* and with the noise, the mean attention, held constant.
 
-    maps: (B, K, N), then q, k, q, k, ... of the blocks  ->  (B, K, N), (B, N)
+    qks: list of (q, k), each (B, H, 1+N, D/H); refined: M* (B, K, h, w)  ->  (B, K)
     """
-
-    @staticmethod
-    def rows(maps, q):
-        """Slices of rows of A: CHUNK elements of all heads at once, on the CPU as many as stay in the cache."""
-        N = maps.shape[2]
-        step = max(1, CHUNK[maps.device.type] // (len(q) * q.shape[1] * N))
-        return [slice(start, min(start + step, N)) for start in range(0, N, step)]
-
-    @staticmethod
-    def attention(q, k, rows):
-        """Eq. 2, of the patch tokens in `rows`. -> their queries (B, H, rows, D/H), float32 (B, H, rows, 1+N)"""
-        q = q[:, :, 1:][:, :, rows].float() / q.shape[-1] ** 0.5
-        return q, torch.softmax(q @ k.float().transpose(-2, -1), dim=-1)
-
-    @staticmethod
-    def forward(ctx, maps, *qks):
-        ctx.save_for_backward(maps, *qks)
-        (B, K, N), heads = maps.shape, qks[0].shape[1]
-        values = F.pad(maps.transpose(1, 2) / heads, (0, 0, 1, 0))  # (B, 1+N, K)
-        product, sums = maps.new_zeros(B, N, K), maps.new_zeros(B, 1 + N)
-        for rows in _ProductAndSums.rows(maps, qks[0]):
-            total = sum(_ProductAndSums.attention(q, k, rows)[1].sum(1) for q, k in zip(qks[::2], qks[1::2]))  # (B, rows, 1+N)
-            product[:, rows] = total @ values
-            sums += total.sum(1)
-        return product.transpose(1, 2), sums[:, 1:] / heads
-
-    @staticmethod
-    def backward(ctx, d_product, d_sums):
-        maps, *qks = ctx.saved_tensors
-        heads = qks[0].shape[1]
-        d_product, values, d_sums = d_product / heads, F.pad(maps, (1, 0)), F.pad(d_sums / heads, (1, 0))
-        d_values, *d_qks = (torch.zeros_like(x, dtype=torch.float32) for x in (values, *qks))
-        for rows in _ProductAndSums.rows(maps, qks[0]):
-            # The gradient of A is the same for all heads and blocks.
-            d_attn = (d_sums[:, None] + d_product[:, :, rows].transpose(1, 2) @ values)[:, None]  # (B, 1, rows, 1+N)
-            total = 0
-            for n in range(0, len(qks), 2):
-                q, attn = _ProductAndSums.attention(*qks[n:n + 2], rows)
-                total = total + attn.sum(1)
-                d_scores = attn * d_attn
-                d_scores.addcmul_(attn, d_scores.sum(-1, keepdim=True), value=-1)  # through the softmax
-                d_qks[n][:, :, 1:][:, :, rows] = d_scores @ qks[n + 1].float() / q.shape[-1] ** 0.5
-                d_qks[n + 1] += d_scores.transpose(-2, -1) @ q
-            d_values += d_product[:, :, rows] @ total
-        return d_values[..., 1:], *d_qks
-
-
-def noisy_logits(qks, cam, noise):
-    """GAP(M**), eqs. 2-7 in one: the mean of A* M* over its rows needs only M* and the column sums of A*.
-
-    qks: list of (q, k), each (B, H, 1+N, D/H); cam: (B, K, h, w)  ->  float32 (B, K)
-    """
-    with torch.autocast(cam.device.type, enabled=False):
-        refined, sums = _ProductAndSums.apply(cam.float().flatten(2), *(x for qk in qks for x in qk))
-        return noise / len(qks) * torch.einsum("bkn,bn->bk", refined, sums) / sums.shape[1]
+    constant = [(q.detach(), k.detach()) for q, k in qks]
+    return noise / len(qks) * attend(constant, refined).mean((2, 3))
 
 
 def soft_margin_loss(z, labels):
@@ -172,11 +119,12 @@ def forward(model, images):
 
 
 def loss_of(model, images, labels, loss, noise):
-    """`loss`: "transcam" or "bnr"; `noise`: "none" or the factor of eq. 6 ("1", "2")  ->  scalar"""
+    """Eq. 8 alone ("transcam") or eq. 9 ("bnr"). noise: the factor of eq. 6; None puts M* itself into the loss  ->  scalar"""
     cam, z, qks = forward(model, images)
     if loss == "transcam":
         return soft_margin_loss(z, labels)
-    z_noisy = attend(qks, cam).mean((2, 3)) if noise == "none" else noisy_logits(qks, cam, float(noise))
+    refined = attend(qks, cam)
+    z_noisy = refined.mean((2, 3)) if noise is None else noisy_logits(qks, refined, noise)
     return bnr_loss(z, z_noisy, labels)
 
 
@@ -216,7 +164,8 @@ def train(args):
     if args.crop % STRIDE:
         raise data.InputError(f"--crop {args.crop} is no multiple of {STRIDE}")
     prepare = augment(args)
-    batches = data.loader(data.Images(dataset.image, ids, lambda id, image: (prepare(image), labels[id])), args.batch_size, args, True)
+    images = data.Images(dataset.image, ids, lambda id, image: (prepare(image), labels[id]))
+    steps = args.epochs * data.steps_of(images, args)
     stage = data.Stage(args, "classifier")
     if stage.is_done():
         return
@@ -225,23 +174,70 @@ def train(args):
         data.recompute(model.stages())
     stage.start()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    watched = torch.stack([square(args)(data.read_image(dataset.image(id))) for id in ids[:8]]).to(args.device)
+    sample = watched(dataset, ids, args)
 
-    @torch.inference_mode()
     def watch(step):
-        model.eval()
-        entropies = []
-        for photo in watched:
-            with data.autocast(args):
-                qks = model(photo[None])[2]
-            entropies.append(attention_entropy(qks))
-        entropy = stage.record.setdefault("entropy", {})[str(step)] = torch.stack(entropies).mean(0).tolist()
-        return f"entropy of the attention {sum(entropy) / len(entropy):.4f} of uniform (blocks {min(entropy):.4f} to {max(entropy):.4f})"
+        found = {**figures(model, sample, args), "map": evaluate(model, dataset, args, first=200)}
+        stage.record.setdefault("watched", {})[str(step)] = found
+        mean = {name: sum(value) / len(value) if isinstance(value, list) else value for name, value in found.items()}
+        return ", ".join(f"{name} {value:.3f}" for name, value in mean.items() if value is not None)
 
-    data.fit(stage, model, optimizer, batches,
-             lambda part, batch: loss_of(model, *part, args.loss, args.noise) * len(part[0]) / len(batch[0]),
-             steps=args.epochs * len(batches), watch=watch)
-    stage.finish(map=evaluate(model, dataset, args))
+    data.fit(stage, model, optimizer, images,
+             lambda part, batch: loss_of(model, *part, args.loss, args.noise) * len(part[0]) / len(batch[0]), steps, watch=watch)
+    result = evaluate(model, dataset, args)
+    if result is not None:
+        print(f"mAP on val: {100 * result:.2f} %")
+    stage.finish(map=result)
+
+
+def watched(dataset, ids, args, count=64):
+    """A fixed sample of `train`: (photo (1, 3, crop, crop), classes (k,), mask (crop, crop) or None) each."""
+    ids = dataset.ids("train", required=False) or ids
+    ids, out = ids[::max(1, len(ids) // count)][:count], []
+    for id, labels in zip(ids, dataset.labels(ids)):
+        mask = dataset.mask(id)
+        if mask.is_file():
+            mask = torch.from_numpy(data.read_mask_within(mask, dataset.num_classes))[None]
+            mask = v2.functional.resize(mask, [args.crop, args.crop], v2.InterpolationMode.NEAREST)[0].numpy()
+        else:
+            mask = None
+        out.append((square(args)(data.read_image(dataset.image(id)))[None].to(args.device), labels.nonzero()[:, 0].numpy() + 1, mask))
+    return out
+
+
+@torch.inference_mode()
+def figures(model, sample, args):
+    """What tells early whether a training goes well, on a fixed sample of photos. -> name: mean over them
+
+    entropy: of the attention of each block, 1 is uniform; own_rows: |A* - 1 m'|^2 / |A*|^2, m the mean row, 0 where all places
+    look at the same ones; object_area: share of the places that lie on objects; object_attention: what share of their attention
+    these places give each other; plain, refined: best mIoU (%) of M and M* at one scale, plain_threshold, refined_threshold: where.
+    """
+    model.eval()
+    found, counts = {"entropy": [], "own_rows": [], "object_area": [], "object_attention": []}, {"plain": 0, "refined": 0}
+    for photo, classes, mask in sample:
+        with data.autocast(args):
+            cam, _, qks = forward(model, photo)
+        qks, cam = [(q.float(), k.float()) for q, k in qks], cam.float()
+        attn = sum_over_blocks([mean_over_heads(attention(q, k)) for q, k in qks])[0]
+        found["entropy"].append(attention_entropy(qks))
+        found["own_rows"].append((attn - attn.mean(0)).square().sum() / attn.square().sum())
+        if mask is None:
+            continue
+        objects = torch.from_numpy((mask > 0) & (mask != data.VOID)).to(attn.device)
+        objects = F.avg_pool2d(objects.float()[None], STRIDE)[0].flatten() >= 0.5
+        if objects.any():
+            found["object_area"].append(objects.float().mean())
+            found["object_attention"].append((attn[objects][:, objects].sum(1) / attn[objects].sum(1)).mean())
+        for name, maps in (("plain", cam), ("refined", refined_cam(attn[None], cam))):
+            seeds = data.combine_scales([maps[0, classes - 1].cpu()], mask.shape).numpy()
+            counts[name] = counts[name] + data.confusion_over_thresholds(mask, classes, seeds, cam.shape[1] + 1)
+    found = {name: torch.stack(values).mean(0).tolist() if values else None for name, values in found.items()}
+    for name, matrices in counts.items():
+        best = data.best_of(matrices) if np.ndim(matrices) else {"miou": None, "threshold": None}
+        found[name] = best["miou"]
+        found[f"{name}_threshold"] = float(best["threshold"].split()[0]) if best["threshold"] else None
+    return found
 
 
 def square(args):
@@ -250,20 +246,18 @@ def square(args):
 
 
 @torch.inference_mode()
-def evaluate(model, dataset, args):
-    """Mean average precision of the image labels on val, photos resized to the crop; None without a val list."""
-    ids = dataset.ids("val", required=False)
+def evaluate(model, dataset, args, first=None):
+    """Mean average precision of the image labels on (the first photos of) val, resized to the crop; None without a val list."""
+    ids = dataset.ids("val", required=False)[:first]
     if not ids:
         return None
     labels, scores = dataset.labels(ids), []
     prepare = square(args)
     model.eval()
-    for images in data.loader(data.Images(dataset.image, ids, lambda id, image: prepare(image)), args.batch_size, args, False):
+    for images in data.loader(data.Images(dataset.image, ids, lambda id, image: prepare(image)), args.batch_size, args):
         with data.autocast(args):
             scores.append(forward(model, images.to(args.device))[1].cpu())
-    result = data.mean_average_precision(torch.cat(scores), labels)
-    print(f"mAP on val: {100 * result:.2f} %")
-    return result
+    return data.mean_average_precision(torch.cat(scores), labels)
 
 
 # ---------------------------------------------------------------- seeds
@@ -319,7 +313,7 @@ def cams(args):
         return id, image.size[::-1], [data.to_tensor()(s) for s in scaled]
 
     with data.Bar(total=len(ids), initial=len(ids) - len(todo), desc="cams", unit="img", writes=args.out / "cams") as bar:
-        for names, shapes, images in data.loader(data.Images(dataset.image, todo, item), args.batch_size, args, False):
+        for names, shapes, images in data.loader(data.Images(dataset.image, todo, item), args.batch_size, args):
             maps = export(model, [x.to(args.device) for x in images], args)
             for n, id in enumerate(names):
                 own = labels[id].nonzero()[:, 0]
@@ -372,6 +366,11 @@ def show(args):
     print(f"photo | ground truth | plain CAM | seed | pseudo label | segmentation -> {out / 'show.png'}")
 
 
+def noise_factor(text):
+    """"none" -> None, "2" -> 2.0"""
+    return None if text == "none" else float(text)
+
+
 def main():
     commands = data.Commands(__doc__, PRESETS)
     both = commands.add(train, "train the classifier"), commands.add(cams, "export the seeds")
@@ -381,7 +380,7 @@ def main():
         parser.add_argument("--batch-size", type=int, default=8, help="photos a step")
     parser = both[0]
     parser.add_argument("--loss", choices=("bnr", "transcam"), default="bnr", help="eq. 9, or the baseline's L_cls alone")
-    parser.add_argument("--noise", choices=("1", "2", "none"), default="1", help="factor of eq. 6; none: M* itself in the loss")
+    parser.add_argument("--noise", type=noise_factor, default=1.0, help="factor of eq. 6; none: M* itself in the loss")
     parser.add_argument("--pretrained", type=Path, help="ImageNet weights, Conformer_ARCH_patch16.pth")
     parser.add_argument("--partial", action=argparse.BooleanOptionalAction, default=False, help="--pretrained may lack tensors")
     parser.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False, help="start without weights")

@@ -277,18 +277,51 @@ class Images(torch.utils.data.Dataset):
         return len(self.ids)
 
     def __getitem__(self, index):
+        if isinstance(index, tuple):  # of a training: the random numbers of this image in this step
+            index, seed = index
+            torch.manual_seed(seed)
         id = self.ids[index]
         return self.item(id, read_image(self.path(id)))
 
 
-def loader(images, batch, args, train):
-    """DataLoader over `Images`; in training shuffled, an incomplete last batch dropped; `batch` None gives single items."""
-    if train and len(images) < batch:
-        raise InputError(f"{len(images)} training images are fewer than a batch of {batch}: see --batch-size")
+def seed_of(*numbers):
+    """One 32-bit seed of several numbers, as unlike the next one's as can be."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class Steps(torch.utils.data.Sampler):
+    """Which images the steps from `start` on take, and the seed of each one's augmentation: [(index, seed), ...] a step.
+
+    Each epoch has an order of its own, an incomplete last batch is dropped. All follows from `seed` and the step's number.
+    """
+
+    def __init__(self, count, batch, seed, start, stop):
+        self.count, self.batch, self.seed, self.start, self.stop = count, batch, seed, start, stop
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        for step in range(self.start, self.stop):
+            epoch, n = divmod(step, self.count // self.batch)
+            order = np.random.default_rng(seed_of(0, self.seed, epoch)).permutation(self.count)
+            yield [(int(i), seed_of(1, self.seed, step, int(i))) for i in order[n * self.batch:(n + 1) * self.batch]]
+
+
+def loader(images, batch, args, steps=None):
+    """DataLoader over `Images`, in order, or by the `Steps` of a training; `batch` None gives single items."""
     gpu = args.device.type == "cuda"  # on the CPU the network takes all cores, and loading in turn is faster
     workers = args.workers if gpu and "fork" in get_all_start_methods() else 0  # `item` may be a closure, which only a fork passes on
-    return torch.utils.data.DataLoader(images, batch, shuffle=train, drop_last=train, num_workers=workers, pin_memory=gpu,
+    how = {"batch_sampler": steps} if steps is not None else {"batch_size": batch}
+    return torch.utils.data.DataLoader(images, **how, num_workers=workers, pin_memory=gpu,
                                        multiprocessing_context="fork" if workers else None, generator=torch.Generator())
+
+
+def steps_of(images, args):
+    """How many steps an epoch has."""
+    if len(images) < args.batch_size:
+        raise InputError(f"{len(images)} training images are fewer than a batch of {args.batch_size}: see --batch-size")
+    return len(images) // args.batch_size
 
 
 # ---------------------------------------------------------------- seeds
@@ -560,7 +593,7 @@ class Stage:
         write_json(self.path, self.record)
 
     def finish(self, **results):
-        self.record.update(results, done=True, device=device_name(self.args.device))
+        self.record.update(results, done=True, device=device_name(self.args.device), precision=precision(self.args))
         self.save()
         print(f"{self.name}: {self.record['seconds']:.0f} s, {self.record['peak_gb']:.1f} GB -> {self.args.out / self.name}", flush=True)
 
@@ -639,6 +672,11 @@ def amp_dtype(device):
     return torch.bfloat16 if native else torch.float16
 
 
+def precision(args):
+    """-> "float32", or "bf16" or "fp16" for mixed precision"""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype(args.device)] if args.amp else "float32"
+
+
 def autocast(args):
     return torch.autocast(args.device.type, amp_dtype(args.device), enabled=args.amp)
 
@@ -673,12 +711,13 @@ def add_memory_flags(parser):
                         help="activation checkpointing: less memory, a third more time")
 
 
-def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 1.0, watch=None):
-    """Train to `steps` optimizer steps, an epoch of `batches` at a time; a checkpoint each epoch, from which a rerun goes on.
+def fit(stage, model, optimizer, images, loss_of, steps, schedule=lambda done: 1.0, watch=None):
+    """Train to `steps` optimizer steps on `images`; a checkpoint each epoch, from which a rerun goes on.
 
     loss_of(part, batch), lists of tensors on the device -> the part's share of the batch's loss; the parts, --micro-batch
     images each, add up to the gradient of the whole. schedule(share of steps done) -> factor on each group's learning
-    rate; watch(step) -> what to print before the first and after each epoch.
+    rate; watch(step) -> what to print before the first and after each epoch. A step's random numbers follow from its own
+    number, so a run that was stopped equals one that never was.
     """
     args, record, path, step = stage.args, stage.record, stage.args.out / f"{stage.name}.pth", 0
     if args.micro_batch < 0:
@@ -686,7 +725,7 @@ def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp and amp_dtype(args.device) == torch.float16)
-    images = batches.batch_size
+    size, epoch = args.batch_size, steps_of(images, args)
 
     def save():
         if watch:
@@ -704,34 +743,32 @@ def fit(stage, model, optimizer, batches, loss_of, steps, schedule=lambda done: 
         step = saved["step"]
     else:
         save()
-    with Bar(total=steps * images, initial=step * images, desc=stage.name, unit="img", smoothing=0.05, writes=path) as bar:
-        while step < steps:
-            # Each epoch has its own random numbers, so that a run resumed between epochs equals one that never stopped.
-            torch.manual_seed(args.seed * 1_000_003 + step)
-            batches.generator.manual_seed(args.seed * 1_000_003 + step)
-            model.train()
-            total = torch.zeros((), device=args.device)
-            for n, batch in enumerate(batches, start=1):
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * schedule(step / steps)
-                batch = [x.to(args.device, non_blocking=True) for x in batch]
-                optimizer.zero_grad(set_to_none=True)
-                for part in zip(*(x.split(args.micro_batch or images) for x in batch)):
-                    with autocast(args):
-                        loss = loss_of(part, batch)
-                    scaler.scale(loss).backward()
-                    total += loss.detach()
-                scaler.step(optimizer)
-                scaler.update()
-                step += 1
-                bar.update(images)
-                if n % 10 == 0 or step == steps:
-                    bar.set_postfix(loss=f"{total.item() / n:.4f}")
-                if step == steps:
-                    break
-            if not torch.isfinite(total):
-                raise InputError(f"the loss of {stage.name} is {total.item()} at step {step} of {steps}: try a lower --lr, or --no-amp")
-            save()
+    model.train()
+    total, since = torch.zeros((), device=args.device), 0
+    with Bar(total=steps * size, initial=step * size, desc=stage.name, unit="img", smoothing=0.05, writes=path) as bar:
+        for batch in loader(images, None, args, Steps(len(images), size, args.seed, step, steps)):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * schedule(step / steps)
+            batch = [x.to(args.device, non_blocking=True) for x in batch]
+            optimizer.zero_grad(set_to_none=True)
+            for n, part in enumerate(zip(*(x.split(args.micro_batch or size) for x in batch))):
+                torch.manual_seed(seed_of(2, args.seed, step, n * (args.micro_batch or size)))  # of dropout
+                with autocast(args):
+                    loss = loss_of(part, batch)
+                scaler.scale(loss).backward()
+                total += loss.detach()
+            scaler.step(optimizer)
+            scaler.update()
+            step, since = step + 1, since + 1
+            bar.update(size)
+            if step % 10 == 0 or step == steps:
+                bar.set_postfix(loss=f"{total.item() / since:.4f}")
+            if step % epoch == 0 or step == steps:
+                if not torch.isfinite(total):
+                    raise InputError(f"the loss of {stage.name} is {total.item()} at step {step} of {steps}: try a lower --lr, or --no-amp")
+                save()
+                model.train()
+                total, since = torch.zeros((), device=args.device), 0
 
 
 # ---------------------------------------------------------------- weight files
@@ -885,7 +922,7 @@ def evaluate(args):
             rows.append({"stage": stage, "split": split, "n": len(ids), "note": why})
 
     if "classifier" in done:
-        *_, last = have["classifier"]["entropy"].values()  # of each block, after the last epoch
+        last = list(have["classifier"]["watched"].values())[-1]["entropy"]  # of each block, after the last epoch
         rows.append({"stage": "classifier", "split": "val", "n": len(val), "note": "mAP", "map": have["classifier"]["map"],
                      "entropy": sum(last) / len(last)})
     if masks and train:
@@ -903,6 +940,7 @@ def evaluate(args):
     write_json(args.out / "results.json", {
         "data": dataset.root.name, "classes": ["background", *dataset.classes], "rows": rows,
         "devices": sorted({record["device"] for record in have.values() if record["done"]}),
+        "precision": {name: record["precision"] for name, record in have.items() if record["done"]},
         "seconds": {name: record["seconds"] for name, record in have.items()},
         "settings": done})
     print_table(rows, ["background", *dataset.classes])

@@ -440,22 +440,29 @@ def make_optimizer(args, model, new, momentum):
     return torch.optim.AdamW(groups) if args.optimizer == "adamw" else torch.optim.SGD(groups, args.lr, momentum)
 
 
+def augment(crop):
+    """Jitter of the whole photo, crop with black padding, flip, in TransCAM's order. The padding counts as background, as there.
+
+    PIL photo, tv_tensors.Mask (H, W)  ->  float32 (3, crop, crop), Mask (crop, crop)
+    """
+    return v2.Compose([v2.ColorJitter(0.3, 0.3, 0.3, 0.1), v2.RandomCrop(crop, pad_if_needed=True, fill=0),
+                       v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.MEAN, data.STD)])
+
+
 def train(args):
     """Train AffinityNet on the affinity labels -> OUT/affinitynet.pth"""
     dataset = data.DataSet(args.data)
     ids = dataset.ids("train_aug")
     if args.crop % STRIDE:
         raise data.InputError(f"--crop {args.crop} is no multiple of {STRIDE}")
-    # Padding is black and counts as background, as TransCAM's script has it.
-    both = v2.Compose([v2.RandomCrop(args.crop, pad_if_needed=True, fill=0), v2.RandomHorizontalFlip()])
-    colour, tensor = v2.ColorJitter(0.3, 0.3, 0.3, 0.1), data.to_tensor()
+    prepare = augment(args.crop)
 
     def item(id, photo):
-        label = tv_tensors.Mask(data.read_mask(args.out / "affinity_labels" / f"{id}.png"))
-        photo, label = both(photo, label)
-        return tensor(colour(photo)), label.as_subclass(torch.Tensor)[::STRIDE, ::STRIDE]
+        photo, label = prepare(photo, tv_tensors.Mask(data.read_mask(args.out / "affinity_labels" / f"{id}.png")))
+        return photo, label.as_subclass(torch.Tensor)[::STRIDE, ::STRIDE]
 
-    batches = data.loader(data.Images(dataset.image, ids, item), args.batch_size, args, True)
+    images = data.Images(dataset.image, ids, item)
+    steps = args.epochs * data.steps_of(images, args)
     stage = data.Stage(args, "affinitynet", reads=("affinity_labels",))
     if stage.is_done():
         return
@@ -465,9 +472,9 @@ def train(args):
     stage.start()
     optimizer = make_optimizer(args, net, ("f8", "f9"), args.momentum)
     radius = radius_for(args.crop // STRIDE, args.crop // STRIDE)
-    data.fit(stage, net, optimizer, batches,
+    data.fit(stage, net, optimizer, images,
              lambda part, batch: affinity_loss(affinity(net(part[0]), radius), part[1], radius, batch[1]),
-             steps=args.epochs * len(batches), schedule=lambda done: (1 - done) ** 0.9)
+             steps, schedule=lambda done: (1 - done) ** 0.9)
     stage.finish()
 
 
@@ -556,7 +563,7 @@ def walk(args):
         return id, tensor(photo), classes, cams
 
     def jobs():
-        photos = data.loader(data.Images(dataset.image, todo, item), None, args, train=False)
+        photos = data.loader(data.Images(dataset.image, todo, item), None, args)
         for id, photo, classes, cams in photos:
             with data.autocast(args):
                 scores = walk_scores(net, photo.to(args.device), torch.as_tensor(cams).to(args.device),

@@ -112,7 +112,8 @@ def train(args):
         photo, label = crop(*random_scale(*flip(jitter_hsv(photo), label), *args.scale_range))
         return tensor(photo), label.as_subclass(torch.Tensor).long()
 
-    batches = data.loader(data.Images(dataset.image, ids, item), args.batch_size, args, True)
+    images = data.Images(dataset.image, ids, item)
+    data.steps_of(images, args)
     stage = data.Stage(args, "segmenter", reads=() if args.labels else ("pseudo_labels",))
     if stage.is_done():
         return
@@ -122,7 +123,7 @@ def train(args):
         data.recompute(net.backbone.children())
     stage.start()
     optimizer = make_optimizer(args, net, NEW, momentum=0.9)
-    data.fit(stage, net, optimizer, batches, lambda part, batch: segmentation_loss(net(part[0]), part[1], batch[1]),
+    data.fit(stage, net, optimizer, images, lambda part, batch: segmentation_loss(net(part[0]), part[1], batch[1]),
              steps=args.iterations, schedule=lambda done: (1 - done * args.iterations / (args.iterations + 1)) ** 0.9)
     stage.finish()
 
@@ -164,7 +165,7 @@ def segment(args, photos, folder, with_overlay=False):
         return id, photo.size[::-1], [tensor(data.rescale(photo, s)) for s in args.scales]
 
     def jobs():
-        for id, size, scaled in data.loader(data.Images(photos.get, list(photos), item), None, args, train=False):
+        for id, size, scaled in data.loader(data.Images(photos.get, list(photos), item), None, args):
             with data.autocast(args):
                 scores = probabilities(net, [p.to(args.device) for p in scaled], size)
             yield scores.cpu().numpy(), photos[id], folder / f"{id}.png", args.crf, with_overlay

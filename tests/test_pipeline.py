@@ -83,14 +83,16 @@ def test_floor_of_background_everywhere_is_its_share_of_the_masks(done):
     assert row["iou"] == pytest.approx([(masks == 0).sum() / (masks != data.VOID).sum(), 0, 0, 0, 0, 0])
 
 
-def test_entropy_of_the_attention_is_logged_before_and_after_each_epoch(done):
+def test_figures_are_logged_before_and_after_each_epoch(done):
     _, out, said = done
-    logged = json.loads((out / "classifier.json").read_text())["entropy"]
-    entropy = list(logged.values())
-    assert list(logged) == ["0", "3", "6"] and np.shape(entropy) == (3, 4) and 0 < np.min(entropy) and np.max(entropy) <= 1
-    assert [f"{np.mean(blocks):.4f} of uniform" in said["train"] for blocks in entropy] == [True] * 3
+    logged = json.loads((out / "classifier.json").read_text())["watched"]
+    assert list(logged) == ["0", "3", "6"]
+    for found in logged.values():
+        assert np.shape(found["entropy"]) == (4,) and 0 < np.min(found["entropy"]) and np.max(found["entropy"]) <= 1
+        assert f"entropy {np.mean(found['entropy']):.3f}, own_rows {found['own_rows']:.3f}" in said["train"]
+        assert found["refined"] is None  # the masks were out of reach
     row = json.loads((out / "results.json").read_text())["rows"][0]
-    assert row["entropy"] == pytest.approx(np.mean(entropy[-1]))
+    assert row["entropy"] == pytest.approx(np.mean(found["entropy"]))
 
 
 def test_an_untrained_classifier_and_one_list_can_be_exported(toy, tmp_path):
@@ -237,6 +239,13 @@ def test_recomputed_activations_change_neither_gradients_nor_statistics(make, bl
         torch.testing.assert_close(found[1][name], found[0][name], msg=name)
 
 
+class Tensors(torch.utils.data.TensorDataset):
+    """Takes the loader's (index, seed)."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index[0])
+
+
 def test_micro_batches_have_the_gradient_of_the_batch(tmp_path):
     torch.manual_seed(0)
     photos, labels = torch.randn(15, 4), torch.rand(15, 3).round()
@@ -244,10 +253,9 @@ def test_micro_batches_have_the_gradient_of_the_batch(tmp_path):
     for micro in (0, 2, 5, 7):
         torch.manual_seed(0)
         net = torch.nn.Linear(4, 3)
-        args = argparse.Namespace(out=tmp_path / str(micro), device=torch.device("cpu"), amp=False, seed=0, micro_batch=micro)
+        args = argparse.Namespace(out=tmp_path / str(micro), device=torch.device("cpu"), amp=False, seed=0, micro_batch=micro, batch_size=5)
         stage = argparse.Namespace(args=args, name="net", record={"id": "0", "settings": {}}, save=lambda: None)
-        batches = data.loader(torch.utils.data.TensorDataset(photos, labels), 5, argparse.Namespace(device=args.device), train=True)
-        data.fit(stage, net, torch.optim.SGD(net.parameters(), 0.5), batches, steps=6, loss_of=lambda part, batch:
+        data.fit(stage, net, torch.optim.SGD(net.parameters(), 0.5), Tensors(photos, labels), steps=6, loss_of=lambda part, batch:
                  bnr.soft_margin_loss(net(part[0]), part[1]) * len(part[0]) / len(batch[0]))
         weights.append(net.weight.detach())
     for parts in weights[1:]:
@@ -268,10 +276,9 @@ def test_networks_train_in_micro_batches_and_recompute(done, tmp_path):
 def test_a_run_begun_without_a_loss_scale_goes_on_with_one(tmp_path, monkeypatch):
     def fit(epochs):
         net = torch.nn.Linear(4, 3)
-        args = argparse.Namespace(out=tmp_path, device=torch.device("cpu"), amp=epochs == 2, seed=0, micro_batch=0)
+        args = argparse.Namespace(out=tmp_path, device=torch.device("cpu"), amp=epochs == 2, seed=0, micro_batch=0, batch_size=5)
         stage = argparse.Namespace(args=args, name="net", record={"id": "0", "settings": {}}, save=lambda: None)
-        batches = data.loader(torch.utils.data.TensorDataset(torch.randn(10, 4)), 5, argparse.Namespace(device=args.device), train=True)
-        data.fit(stage, net, torch.optim.SGD(net.parameters(), 0.5), batches, lambda part, batch: net(part[0]).square().mean(), 2 * epochs)
+        data.fit(stage, net, torch.optim.SGD(net.parameters(), 0.5), Tensors(torch.randn(10, 4)), lambda part, batch: net(part[0]).square().mean(), 2 * epochs)
         return data.read_weights(tmp_path / "net.pth", quiet=True)
 
     assert not fit(1)["scaler"]

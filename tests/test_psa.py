@@ -289,3 +289,13 @@ def test_random_scale_resizes_photo_and_label_alike():
         photo, scaled = segment.random_scale(Image.new("RGB", (60, 40)), label, 0.5, 1.5)  # a label of another size follows the photo
         assert photo.size == tuple(scaled.shape[::-1]) and 30 <= photo.size[0] <= 90
         assert set(scaled.unique().tolist()) == {0, 3, 7, 255}
+
+
+def test_the_padding_of_a_crop_is_black_and_background():
+    photo, label = Image.new("RGB", (40, 50), (200, 10, 10)), tv_tensors.Mask(torch.full((50, 40), 3, dtype=torch.uint8))
+    black = -torch.tensor(data.MEAN) / torch.tensor(data.STD)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        image, crop = psa.augment(64)(photo, label)
+        assert image.shape == (3, 64, 64) and (crop == 0).sum() == 64 * 64 - 50 * 40
+        torch.testing.assert_close(image[:, crop == 0], black[:, None].expand(3, 2096))
