@@ -5,30 +5,22 @@ OUT     ?= out/$(notdir $(abspath $(DATA)))
 PRESET  ?= $(if $(filter data/toy,$(DATA)),toy,voc)
 SEED    ?= 0
 SEEDS   ?= 0 1 2
+ROWS    ?= transcam no-noise noise-x1 noise-x2
+FURTHER ?= transcam noise-x1
 PYTHON  ?= .venv/bin/python
 
 ENV     := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 TOY     := $(if $(filter data/toy,$(DATA)),data/toy/toy.json)
-COMMON  := --data $(DATA) --out $(OUT) --preset $(PRESET) --seed $(SEED) $(if $(DEVICE),--device $(DEVICE))
+START   := $(if $(GPUS),$(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(GPUS),$(PYTHON))
+COMMON  := --data $(DATA) --out $(OUT) --preset $(PRESET) --seed $(SEED) $(if $(DEVICE),--device $(DEVICE)) \
+           $(if $(FRESH),--fresh)
 SCRATCH := $(if $(FROM_SCRATCH),--from-scratch)
-START   := $(SCRATCH) $(if $(CONFORMER),--pretrained $(CONFORMER)) $(if $(PARTIAL),--partial) $(if $(ARCH),--arch $(ARCH)) \
-           $(if $(CROP),--crop $(CROP)) $(if $(LONG_SIDE),--long-side $(LONG_SIDE)) $(if $(EPOCHS),--epochs $(EPOCHS))
-PICK    := $(if $(IDS),--ids $(IDS)) --first $(if $(IDS),$(words $(IDS)),4)
+WEIGHTS := $(SCRATCH) $(if $(CONFORMER),--pretrained $(CONFORMER)) $(if $(PARTIAL),--partial)
 BACK    := $(SCRATCH) $(if $(RESNET38),--resnet38 $(RESNET38)) $(if $(BACKBONE),--backbone $(BACKBONE))
-
-# Runs of `make results`, made where their results.json is missing; ROW is that of the run in hand.
-ROWS    ?= transcam no-noise noise-x1 noise-x2
-FURTHER ?= transcam noise-x1
-RUNS    := $(foreach s,$(SEEDS),$(foreach r,$(ROWS),$(OUT)/rows/$r-seed$s/results.json)) $(OUT)/rows/untrained-seed0/results.json
-ROW      = $(firstword $(subst -seed, ,$*))
-FLAGS_transcam  := --loss transcam
-FLAGS_no-noise  := --loss bnr --noise none
-FLAGS_noise-x1  := --loss bnr --noise 1
-FLAGS_noise-x2  := --loss bnr --noise 2
-FLAGS_untrained := --epochs 0
+PICK    := $(if $(IDS),--ids $(IDS))
 
 .NOTPARALLEL:
-.PHONY: help train cams psa seg eval show results check coco test bench clean
+.PHONY: help train cams psa seg eval show figures tables report results check coco test bench clean
 
 help:
 	@echo "make train cams psa seg eval   image labels to segmenter on the toy set, then the table"
@@ -39,13 +31,15 @@ help:
 	@echo "  seg       segmenter and its masks of val  -> OUT/segmentation/"
 	@echo "  eval      one table of all stages         -> OUT/results.json"
 	@echo "  show      one picture of all stages       -> OUT/show.png, of IDS or the first four"
-	@echo "  results   all that for ROWS of Table 5 and SEEDS, FURTHER rows through psa and seg -> OUT/rows/, README's tables"
+	@echo "  report    a page to look through          -> OUT/report.html"
+	@echo "  results   all that for ROWS of Table 5 and SEEDS, FURTHER rows through psa and seg -> OUT/rows/, docs/results.md"
+	@echo "  tables, figures                           the paper's, from the runs at hand -> docs/results.md, OUT/figures/"
 	@echo "  check     what in DATA would break a stage"
 	@echo "  coco      makes DATA, with train2014, val2014 and annotations in it, a data set"
 	@echo "  bench     plain forms against ours: seconds, memory, bytes; BENCH_FLAGS=--quick"
 	@echo "DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) SEED=$(SEED) SEEDS='$(SEEDS)' PYTHON=$(PYTHON)"
-	@echo "CONFORMER=FILE RESNET38=FILE: ImageNet weights; FROM_SCRATCH=1 PARTIAL=1 BACKBONE=resnet50 DEVICE=cpu"
-	@echo "ARCH=small CROP=224 LONG_SIDE='140 280' EPOCHS=10: of the classifier"
+	@echo "CONFORMER=FILE RESNET38=FILE: ImageNet weights; FROM_SCRATCH=1 PARTIAL=1 BACKBONE=resnet50 DEVICE=cpu GPUS=2"
+	@echo "FRESH=1: make anew what is there with other settings"
 	@echo "TRAIN_FLAGS CAMS_FLAGS LABELS_FLAGS AFFINITY_FLAGS WALK_FLAGS SEG_FLAGS PREDICT_FLAGS: more flags of a script"
 
 # pydensecrf2 is compiled with the newest Cython: the one that its isolated build pins fails on Python 3.13.
@@ -56,46 +50,53 @@ help:
 	touch $@
 
 data/toy/toy.json: | $(ENV)
-	$(PYTHON) data.py toy --root data/toy
+	$(PYTHON) prepare.py toy --root data/toy
 
 train: $(ENV) $(TOY)
-	$(PYTHON) bnr.py train $(COMMON) $(START) $(TRAIN_FLAGS)
+	$(START) bnr.py train $(COMMON) $(WEIGHTS) $(TRAIN_FLAGS)
 
 cams: $(ENV) $(TOY)
-	$(PYTHON) bnr.py cams $(COMMON) $(CAMS_FLAGS)
+	$(START) bnr.py cams $(COMMON) $(CAMS_FLAGS)
 
 psa: $(ENV) $(TOY)
 	$(PYTHON) psa.py labels $(COMMON) $(LABELS_FLAGS)
-	$(PYTHON) psa.py train $(COMMON) $(BACK) $(AFFINITY_FLAGS)
-	$(PYTHON) psa.py walk $(COMMON) $(WALK_FLAGS)
+	$(START) psa.py train $(COMMON) $(BACK) $(AFFINITY_FLAGS)
+	$(START) psa.py walk $(COMMON) $(WALK_FLAGS)
 
 seg: $(ENV) $(TOY)
-	$(PYTHON) segment.py train $(COMMON) $(BACK) $(SEG_FLAGS)
-	$(PYTHON) segment.py predict $(COMMON) $(PREDICT_FLAGS)
+	$(START) segment.py train $(COMMON) $(BACK) $(SEG_FLAGS)
+	$(START) segment.py predict $(COMMON) $(PREDICT_FLAGS)
 
 eval: $(ENV) $(TOY)
-	$(PYTHON) data.py eval $(COMMON)
+	$(PYTHON) evaluate.py $(COMMON)
 
 show: $(ENV) $(TOY)
-	$(PYTHON) segment.py predict $(COMMON) $(PREDICT_FLAGS) --split train $(PICK)
-	$(PYTHON) bnr.py show $(COMMON) $(PICK)
+	$(PYTHON) segment.py predict $(COMMON) $(PREDICT_FLAGS) --split train $(PICK) --first $(if $(IDS),$(words $(IDS)),4)
+	$(PYTHON) report.py show $(COMMON) $(PICK)
 
-results: $(ENV) $(RUNS)
-	$(PYTHON) data.py report $(COMMON) --rows transcam no-noise noise-x1 noise-x2 untrained --seeds $(sort 0 1 2 $(SEEDS)) --readme README.md
+figures: $(ENV) $(TOY)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check matplotlib
+	$(PYTHON) report.py figures $(COMMON) --seeds $(SEEDS) $(if $(TOY),--walkthrough docs/walkthrough.md)
 
-$(OUT)/rows/%/results.json:
-	$(if $(FLAGS_$(ROW)),,$(error no row $(ROW): ROWS are of transcam no-noise noise-x1 noise-x2))
-	$(MAKE) train cams $(if $(filter $(FURTHER),$(ROW)),psa seg) eval OUT=$(@D) SEED=$(lastword $(subst -seed, ,$*)) \
-	  TRAIN_FLAGS="$(TRAIN_FLAGS) $(FLAGS_$(ROW))" CAMS_FLAGS="$(CAMS_FLAGS) --plain $(if $(filter $(FURTHER),$(ROW)),,--split train)"
-	$(PYTHON) bnr.py show $(COMMON) --out $(@D) --first 24
+tables: $(ENV) $(TOY)
+	$(PYTHON) report.py tables $(COMMON) --seeds $(SEEDS) --into docs/results.md
+
+report: $(ENV) $(TOY)
+	$(PYTHON) report.py page $(COMMON) --seeds $(SEEDS)
+
+results: $(ENV) $(TOY)
+	$(PYTHON) report.py results $(COMMON) --rows $(ROWS) --seeds $(SEEDS) --further $(FURTHER) --into docs/results.md \
+	  $(if $(GPUS),--gpus $(GPUS)) --train-flags="$(WEIGHTS) $(TRAIN_FLAGS)" --cams-flags="$(CAMS_FLAGS)" \
+	  --labels-flags="$(LABELS_FLAGS)" --affinity-flags="$(BACK) $(AFFINITY_FLAGS)" --walk-flags="$(WALK_FLAGS)" \
+	  --seg-flags="$(BACK) $(SEG_FLAGS)" --predict-flags="$(PREDICT_FLAGS)"
 
 check: $(ENV) $(TOY)
-	$(PYTHON) data.py check --data $(DATA)
+	$(PYTHON) prepare.py check --data $(DATA)
 
 coco: $(if $(TOY),,$(ENV))
-	@test -z "$(TOY)" || { echo "error: make coco needs DATA=DIR, a folder with train2014, val2014 and annotations"; exit 1; }
+	@test -z "$(TOY)" || { echo "error: make coco needs DATA=DIR, with train2014, val2014 and annotations"; exit 1; }
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check pycocotools
-	$(PYTHON) data.py coco --root $(DATA)
+	$(PYTHON) prepare.py coco --root $(DATA)
 
 test: $(ENV)
 	$(PYTHON) -m pytest -rs tests

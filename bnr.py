@@ -2,32 +2,39 @@
 
     python bnr.py train     DATA's photos and image labels -> OUT/classifier.pth
     python bnr.py cams      OUT/classifier.pth             -> OUT/cams/ID.npz, the seeds
-    python bnr.py show      all stages' files              -> OUT/show.png
+    python bnr.py export    OUT/cams                       -> DIR/ID/CLASS.npy, for other people's code
 
---loss transcam is the baseline (TransCAM), --loss bnr the paper's; --noise 1, 2, none are the columns of Table 5: `make results`.
+--loss transcam is the baseline (TransCAM), --loss bnr the paper's; --noise 1, 2, none are the columns of Table 5.
 """
 import argparse
 import math
 from pathlib import Path
 
+import stage  # before torch: from here on Ctrl-C is one line
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import v2
-from torchvision.utils import make_grid, save_image
+from torchvision.transforms import InterpolationMode, v2
 
 import data
-from conformer import ARCHS, STRIDE, Conformer, init_attention
+import engine
+import evaluate
+import seeds
+from conformer import ARCHS, STRIDE, Conformer, init_attention, init_identity
+from stage import InputError, above, real, whole
 
 PRESETS = {  # defaults that differ from the published VOC setting, which is that of the flags
     "voc": {},
     "coco": {"epochs": 10, "batch_size": 16},
-    "toy": {"arch": "nano", "from_scratch": True, "sharpness": 160.0, "epochs": 36, "batch_size": 16, "lr": 1e-3, "crop": 96,
-            "long_side": (96, 144), "scales": (1.0, 1.5, 2.0), "plain": True},
-    "small": {"epochs": 1, "batch_size": 16, "lr": 2e-4, "crop": 128, "long_side": (112, 192), "scales": (1.0,), "plain": True},
+    "toy": {"arch": "nano", "from_scratch": True, "sharpness": 160.0, "epochs": 36, "batch_size": 16, "lr": 1e-3,
+            "crop": 96, "long_side": (96, 144), "scales": (1.0, 1.5, 2.0), "plain": True},
+    "small": {"epochs": 1, "batch_size": 16, "lr": 2e-4, "crop": 128, "long_side": (112, 192), "scales": (1.0,),
+              "plain": True},
 }
 HEADS = ("conv_cls_head", "trans_cls_head")
-CPU_MAPS = 1 << 24  # elements of the largest feature maps of one pass on the CPU: with more of them each photo takes up to a third longer
+TRANSFORMER = ("trans_1.", "trans_patch_conv.", "trans_norm.", "cls_token", ".trans_block.", ".squeeze_block.")
+HEAD_STD = 0.01  # of the CAM head beside a partial file: at Kaiming's its maps are noise that drowns given features
+SAMPLE = 64  # photos on which a training is watched
 
 
 # ---------------------------------------------------------------- equations
@@ -61,8 +68,11 @@ def refined_cam(attn, cam):
 
 
 def noisy_cam(attn, refined, blocks, noise):
-    """Eqs. 6, 7: M**_s = noise * (A* / blocks) M*_s, the matrix held constant. (B, N, N), (B, K, h, w)  ->  (B, K, h, w)"""
-    return noise * refined_cam(attn.detach() / blocks, refined)
+    """Eqs. 6, 7: M**_s = noise * (A* / blocks) M*_s, the matrix held constant. As written; the run uses `noisy_logits`.
+
+    attn: (B, N, N), refined: M* (B, K, h, w)  ->  (B, K, h, w)
+    """
+    return noise * torch.einsum("bij,bkj->bki", attn.detach() / blocks, refined.flatten(2)).view_as(refined)
 
 
 def attend(qks, maps):
@@ -106,9 +116,9 @@ def soft_margin_loss(z, labels):
     return -(labels * F.logsigmoid(z) + (1 - labels) * F.logsigmoid(-z)).mean()
 
 
-def bnr_loss(z, z_noisy, labels):
-    """Eq. 9: L = L_cls + L_M**. z: GAP(M) + Linear(class token), z_noisy: GAP(M**), labels: (B, K)  ->  scalar"""
-    return soft_margin_loss(z, labels) + soft_margin_loss(z_noisy, labels)
+def bnr_loss(loss_cls, loss_noisy):
+    """Eq. 9: L = L_cls + L_M**, eq. 8 of GAP(M) + Linear(class token) and of GAP(M**). scalars  ->  scalar"""
+    return loss_cls + loss_noisy
 
 
 def forward(model, images):
@@ -118,90 +128,129 @@ def forward(model, images):
     return cam, cam.float().mean((2, 3)) + model.trans_cls_head(token), qks
 
 
-def loss_of(model, images, labels, loss, noise):
-    """Eq. 8 alone ("transcam") or eq. 9 ("bnr"). noise: the factor of eq. 6; None puts M* itself into the loss  ->  scalar"""
+def losses(model, images, labels, loss, noise):
+    """L_cls alone ("transcam") or with L_M** ("bnr"). noise: the factor of eq. 6; None puts M* itself into the loss.
+
+    images: (B, 3, H, W), labels: (B, K)  ->  the loss, its terms by name
+    """
     cam, z, qks = forward(model, images)
+    loss_cls = soft_margin_loss(z, labels)
     if loss == "transcam":
-        return soft_margin_loss(z, labels)
+        return loss_cls, {"L_cls": loss_cls}
     refined = attend(qks, cam)
     z_noisy = refined.mean((2, 3)) if noise is None else noisy_logits(qks, refined, noise)
-    return bnr_loss(z, z_noisy, labels)
+    loss_noisy = soft_margin_loss(z_noisy, labels)
+    return bnr_loss(loss_cls, loss_noisy), {"L_cls": loss_cls, "L_M**": loss_noisy}
 
 
 # ---------------------------------------------------------------- train
 
-def augment(args):
+def augment(crop, long_side):
     """PIL photo -> float32 (3, crop, crop)"""
     return v2.Compose([
-        lambda photo: data.random_long_side(photo, *args.long_side), v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3, 0.1),
-        v2.RandomCrop(args.crop, pad_if_needed=True, fill=data.MEAN_COLOUR), data.to_tensor()])
+        lambda photo: data.random_long_side(photo, *long_side), v2.RandomHorizontalFlip(),
+        v2.ColorJitter(0.3, 0.3, 0.3, 0.1), v2.RandomCrop(crop, pad_if_needed=True, fill=data.MEAN_COLOUR),
+        data.to_tensor()])
 
 
-def build(args, num_labels):
-    """The classifier with the weights that the flags ask for."""
-    if not (args.pretrained or args.from_scratch):
-        raise data.InputError(
-            f"no weights: CONFORMER=FILE (--pretrained) takes Conformer_{args.arch}_patch16.pth of "
-            f"github.com/pengzhiliang/Conformer, FROM_SCRATCH=1 (--from-scratch) starts without")
-    model = Conformer(args.arch, num_labels)
+def square(side):
+    """PIL photo -> float32 (3, side, side), resized"""
+    return v2.Compose([v2.Resize((side, side), InterpolationMode.BICUBIC), data.to_tensor()])
+
+
+def start_classifier(arch, num_labels, pretrained=None, partial=False, sharpness=60.0):
+    """A Conformer with the weights of a file, but for its heads; transformer blocks that stay fresh start sharp."""
+    model = Conformer(arch, num_labels)
     fresh = list(model.state_dict())
-    if args.pretrained:
-        hint = f": Conformer_{args.arch}_patch16.pth fits" if args.arch != "nano" else ": no file is published for nano"
-        state = data.read_weights(args.pretrained, hint)
-        hint += "" if args.partial else "; --partial takes a file that lacks tensors"
-        fresh = data.load_weights(model, state.get("model", state), args.pretrained, HEADS, args.partial, hint)
+    if pretrained:
+        known = f": Conformer_{arch}_patch16.pth fits" if arch != "nano" else ": no file is published for nano"
+        state = engine.read_weights(pretrained, known)
+        known += "" if partial else "; --partial takes a file that lacks tensors"
+        fresh = engine.load_weights(model, state.get("model", state), pretrained, HEADS, partial, known)
     for name, block in model.blocks():
-        if args.sharpness and f"{name}.attn.qkv.weight" in fresh:
-            init_attention(block, args.sharpness)
-    return model.to(args.device, memory_format=torch.channels_last)
+        if sharpness and f"{name}.attn.qkv.weight" in fresh:
+            init_attention(block, sharpness)
+    if partial:
+        init_identity(model, fresh)
+        if "conv_cls_head.weight" in fresh:
+            torch.nn.init.normal_(model.conv_cls_head.weight, std=HEAD_STD)
+    return model
+
+
+def parameter_groups(model, lr, head_lr, transformer_lr):
+    """`lr` times `head_lr` for the heads, times `transformer_lr` for the transformer and what feeds it."""
+    groups = {1.0: []}
+    for name, parameter in model.named_parameters():
+        in_transformer = any(part in name for part in TRANSFORMER)
+        factor = head_lr if name.startswith(HEADS) else transformer_lr if in_transformer else 1.0
+        groups.setdefault(factor, []).append(parameter)
+    return [{"params": parameters, "lr": lr * factor} for factor, parameters in groups.items() if parameters]
 
 
 def train(args):
     """Train the classifier (Sec. 3.3) -> OUT/classifier.pth"""
+    if args.crop % STRIDE:
+        raise stage.FlagError(f"--crop {args.crop} is no multiple of {STRIDE}")
+    if not (args.pretrained or args.from_scratch):
+        raise InputError(
+            f"no weights: CONFORMER=FILE (--pretrained) takes Conformer_{args.arch}_patch16.pth of "
+            f"github.com/pengzhiliang/Conformer, FROM_SCRATCH=1 (--from-scratch) starts without")
     dataset = data.DataSet(args.data)
     ids = dataset.ids("train_aug")
-    labels = dict(zip(ids, dataset.labels(ids)))
-    if args.crop % STRIDE:
-        raise data.InputError(f"--crop {args.crop} is no multiple of {STRIDE}")
-    prepare = augment(args)
-    images = data.Images(dataset.image, ids, lambda id, image: (prepare(image), labels[id]))
-    steps = args.epochs * data.steps_of(images, args)
-    stage = data.Stage(args, "classifier")
-    if stage.is_done():
+    labels, prepare = dict(zip(ids, dataset.labels(ids))), augment(args.crop, args.long_side)
+    batches = data.Batches(data.Images(dataset.image, ids, lambda name, photo: (prepare(photo), labels[name])), args)
+    run = stage.Stage(args, "classifier", data=dataset.digest, grows="epochs")
+    if run.is_done():
         return
-    model = build(args, len(dataset.classes))
-    if args.recompute:
-        data.recompute(model.stages())
-    stage.start()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    model = start_classifier(args.arch, len(dataset.classes), args.pretrained, args.partial, args.sharpness)
+    model = model.to(args.device, memory_format=torch.channels_last)
+    run.start()
+    groups = parameter_groups(model, args.lr, args.head_lr, args.transformer_lr)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     sample = watched(dataset, ids, args)
 
+    def loss_of(part, labels):
+        loss, terms = losses(model, *part, args.loss, args.noise)
+        share = len(part[0]) / len(labels)
+        return loss * share, {name: term * share for name, term in terms.items()}
+
     def watch(step):
-        found = {**figures(model, sample, args), "map": evaluate(model, dataset, args, first=200)}
-        stage.record.setdefault("watched", {})[str(step)] = found
-        mean = {name: sum(value) / len(value) if isinstance(value, list) else value for name, value in found.items()}
-        return ", ".join(f"{name} {value:.3f}" for name, value in mean.items() if value is not None)
+        found = {**figures(model, sample, args), "map": average_precision(model, dataset, args, first=200)}
+        run.record.setdefault("watched", {})[str(step)] = found
+        mean = {name: np.mean(value) for name, value in found.items() if value is not None}
+        engine.tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in mean.items()))
 
-    data.fit(stage, model, optimizer, images,
-             lambda part, batch: loss_of(model, *part, args.loss, args.noise) * len(part[0]) / len(batch[0]), steps, watch=watch)
-    result = evaluate(model, dataset, args)
-    if result is not None:
-        print(f"mAP on val: {100 * result:.2f} %")
-    stage.finish(map=result)
+    network = {"arch": args.arch, "classes": dataset.classes, "crop": args.crop}
+    engine.fit(run, model, optimizer, batches, loss_of, args.epochs * batches.per_epoch, network, watch=watch)
+    engine.finish(run, map=average_precision(model, dataset, args))
 
 
-def watched(dataset, ids, args, count=64):
+@torch.inference_mode()
+def average_precision(model, dataset, args, first=None):
+    """Mean average precision of the image labels on (the first photos of) val, at the crop's size; None without val."""
+    ids = dataset.ids("val", required=False)[:first]
+    if not ids:
+        return None
+    scores, prepare = [], square(args.crop)
+    model.eval()
+    images = data.Images(dataset.image, ids, lambda name, photo: prepare(photo))
+    for photos in data.loader(images, args, batch_size=args.batch_size):
+        with engine.autocast(args.device, args.amp):
+            scores.append(forward(model, photos.to(args.device))[1].cpu())
+    return evaluate.mean_average_precision(torch.cat(scores), dataset.labels(ids))
+
+
+def watched(dataset, ids, args):
     """A fixed sample of `train`: (photo (1, 3, crop, crop), classes (k,), mask (crop, crop) or None) each."""
     ids = dataset.ids("train", required=False) or ids
-    ids, out = ids[::max(1, len(ids) // count)][:count], []
-    for id, labels in zip(ids, dataset.labels(ids)):
-        mask = dataset.mask(id)
-        if mask.is_file():
-            mask = torch.from_numpy(data.read_mask_within(mask, dataset.num_classes))[None]
-            mask = v2.functional.resize(mask, [args.crop, args.crop], v2.InterpolationMode.NEAREST)[0].numpy()
-        else:
-            mask = None
-        out.append((square(args)(data.read_image(dataset.image(id)))[None].to(args.device), labels.nonzero()[:, 0].numpy() + 1, mask))
+    ids, out = ids[::max(1, len(ids) // SAMPLE)][:SAMPLE], []
+    for name, labels in zip(ids, dataset.labels(ids)):
+        mask = None
+        if dataset.mask(name).is_file():
+            mask = torch.from_numpy(data.read_mask(dataset.mask(name), dataset.num_classes))[None]
+            mask = v2.functional.resize(mask, [args.crop, args.crop], InterpolationMode.NEAREST)[0].numpy()
+        photo = square(args.crop)(data.read_image(dataset.image(name)))[None]
+        out.append((photo.to(args.device), labels.nonzero()[:, 0].numpy() + 1, mask))
     return out
 
 
@@ -209,14 +258,15 @@ def watched(dataset, ids, args, count=64):
 def figures(model, sample, args):
     """What tells early whether a training goes well, on a fixed sample of photos. -> name: mean over them
 
-    entropy: of the attention of each block, 1 is uniform; own_rows: |A* - 1 m'|^2 / |A*|^2, m the mean row, 0 where all places
-    look at the same ones; object_area: share of the places that lie on objects; object_attention: what share of their attention
-    these places give each other; plain, refined: best mIoU (%) of M and M* at one scale, plain_threshold, refined_threshold: where.
+    entropy: of the attention of each block, 1 is uniform; own_rows: |A* - 1 m'|^2 / |A*|^2, m the mean row, 0 where all
+    places look at the same ones; object_area: share of the places that lie on objects; object_attention: what share of
+    their attention these places give each other; plain, refined: best mIoU (%) of M and M* at one scale, and where.
     """
     model.eval()
-    found, counts = {"entropy": [], "own_rows": [], "object_area": [], "object_attention": []}, {"plain": 0, "refined": 0}
+    found = {"entropy": [], "own_rows": [], "object_area": [], "object_attention": []}
+    counts = {"plain": 0, "refined": 0}
     for photo, classes, mask in sample:
-        with data.autocast(args):
+        with engine.autocast(args.device, args.amp):
             cam, _, qks = forward(model, photo)
         qks, cam = [(q.float(), k.float()) for q, k in qks], cam.float()
         attn = sum_over_blocks([mean_over_heads(attention(q, k)) for q, k in qks])[0]
@@ -230,177 +280,140 @@ def figures(model, sample, args):
             found["object_area"].append(objects.float().mean())
             found["object_attention"].append((attn[objects][:, objects].sum(1) / attn[objects].sum(1)).mean())
         for name, maps in (("plain", cam), ("refined", refined_cam(attn[None], cam))):
-            seeds = data.combine_scales([maps[0, classes - 1].cpu()], mask.shape).numpy()
-            counts[name] = counts[name] + data.confusion_over_thresholds(mask, classes, seeds, cam.shape[1] + 1)
+            found_seeds = seeds.combine_scales([maps[0, classes - 1].cpu()], mask.shape).numpy()
+            counts[name] += evaluate.confusion_over_thresholds(mask, classes, found_seeds, cam.shape[1] + 1)
     found = {name: torch.stack(values).mean(0).tolist() if values else None for name, values in found.items()}
     for name, matrices in counts.items():
-        best = data.best_of(matrices) if np.ndim(matrices) else {"miou": None, "threshold": None}
-        found[name] = best["miou"]
-        found[f"{name}_threshold"] = float(best["threshold"].split()[0]) if best["threshold"] else None
+        best = evaluate.best_threshold(matrices) if np.ndim(matrices) else {"miou": None, "best": None}
+        found[name], found[f"{name}_threshold"] = best["miou"], best["best"]
     return found
 
 
-def square(args):
-    """PIL photo -> float32 (3, crop, crop), resized"""
-    return v2.Compose([v2.Resize((args.crop, args.crop), v2.InterpolationMode.BICUBIC), data.to_tensor()])
+# ---------------------------------------------------------------- cams
+
+def load_classifier(path, num_classes, device, arch="small", crop=512, hint=""):
+    """OUT/classifier.pth, or a TransCAM classifier of this arch. -> the network, {"arch", "crop"}"""
+    state, network = engine.read_trained(path, hint, {"arch": arch, "crop": crop})
+    model = Conformer(network["arch"], num_classes - 1)
+    if isinstance(state, dict):  # TransCAM's heads have an unused background class in row 0
+        heads = {k: v for k, v in state.items() if str(k).startswith(HEADS) and isinstance(v, torch.Tensor)}
+        state = {**state, **{k: v[1:] for k, v in heads.items() if v.shape[:1] == (num_classes,)}}
+    engine.load_weights(model, state, path, hint=hint)
+    return model.to(device, memory_format=torch.channels_last).eval(), network
 
 
 @torch.inference_mode()
-def evaluate(model, dataset, args, first=None):
-    """Mean average precision of the image labels on (the first photos of) val, resized to the crop; None without a val list."""
-    ids = dataset.ids("val", required=False)[:first]
-    if not ids:
-        return None
-    labels, scores = dataset.labels(ids), []
-    prepare = square(args)
-    model.eval()
-    for images in data.loader(data.Images(dataset.image, ids, lambda id, image: prepare(image)), args.batch_size, args):
-        with data.autocast(args):
-            scores.append(forward(model, images.to(args.device))[1].cpu())
-    return data.mean_average_precision(torch.cat(scores), labels)
+def multi_scale(model, images, labels, names, device, amp):
+    """M*, M, Eigen-CAM (`names`: refined, plain, eigen) of a batch at several scales, mirror images added (Sec. 4.2).
 
-
-# ---------------------------------------------------------------- seeds
-
-@torch.inference_mode()
-def export(model, images, args):
-    """Multi-scale M* (and M) of a batch of equally many photos a scale, mirror images included (Sec. 4.2).
-
-    images: list of (B, 3, s, s)  ->  {"refined": list of (B, K, s/16, s/16), "plain": the same, if asked for}
+    images: list of (B, 3, s, s), labels: (B, K)  ->  {name: list of (B, K or 1, s/16, s/16)}
     """
-    maps = {"refined": []} | ({"plain": []} if args.plain else {})
+    maps = {name: [] for name in names}
     for photos in images:
-        both = torch.cat([photos, photos.flip(3)])
-        largest = model.conv_1.conv3.out_channels * both[0, 0].numel() // 16  # of one image, at stride 4
-        found = []
-        for part in both.split(len(both) if both.is_cuda else max(1, CPU_MAPS // largest)):
-            with data.autocast(args):
-                cam, _, qks = forward(model, part)
-            found.append((attend(qks, cam), cam.float()))
-        for name, parts in zip(("refined", "plain"), zip(*found)):
-            if name in maps:
-                straight, mirrored = torch.cat(parts).chunk(2)
-                maps[name].append((straight + mirrored.flip(3)).cpu())
+        with engine.autocast(device, amp):
+            features, _, qks = model(torch.cat([photos, photos.flip(3)]))
+            cam = class_activation_map(features, model.conv_cls_head.weight, model.conv_cls_head.bias)
+        found = {"refined": attend(qks, cam), "plain": cam.float()}
+        if "eigen" in names:
+            own = labels.repeat(2, 1).bool()
+            found["eigen"] = torch.stack([
+                seeds.eigen_cam(f.float(), c.float()[k])[None] for f, c, k in zip(features.cpu(), cam.cpu(), own)])
+        for name in names:
+            straight, mirrored = found[name].chunk(2)
+            maps[name].append((straight + mirrored.flip(3)).cpu())
     return maps
 
 
 def cams(args):
     """Export the seeds of every photo that a later stage reads -> OUT/cams/ID.npz"""
     dataset = data.DataSet(args.data)
-    ids = dataset.ids(args.split) if args.split else list(dict.fromkeys(dataset.ids("train_aug") + dataset.ids("train", required=False)))
-    stage = data.Stage(args, "cams", reads=() if args.weights else ("classifier",), without=("batch_size", "arch", "crop", "split"))
-    todo = stage.todo({id: args.out / "cams" / f"{id}.npz" for id in ids})
-    if stage.is_done(todo):
+    if args.split:
+        ids = dataset.ids(args.split)
+    else:
+        ids = list(dict.fromkeys(dataset.ids("train_aug") + dataset.ids("train", required=False)))
+    of_file = () if args.weights else ("arch", "crop")  # what the classifier of the run knows itself
+    run = stage.Stage(args, "cams", reads=() if args.weights else ("classifier",), data=dataset.digest,
+                      ignore=("batch_size", "seed", *of_file))
+    todo = run.todo(ids, ".npz")
+    if run.is_done(todo):
         return
-    path = args.weights or args.out / "classifier.pth"
     hint = f": a TransCAM classifier on Conformer-{args.arch} fits" if args.weights else ""
-    saved = data.read_weights(path, hint)
-    settings = vars(args) if args.weights else saved["settings"]
-    model, state = Conformer(settings["arch"], len(dataset.classes)), saved.get("model", saved)
-    # TransCAM's heads have an unused background class in row 0.
-    state = {k: v[1:] if k.startswith(HEADS) and len(v) == dataset.num_classes else v for k, v in state.items()}
-    data.load_weights(model, state, path, hint=hint)
-    model = model.to(args.device, memory_format=torch.channels_last).eval()
-    if args.compile:
-        model.forward = torch.compile(model.forward, dynamic=False)
+    model, network = load_classifier(args.weights or args.out / "classifier.pth", dataset.num_classes, args.device,
+                                     args.arch, args.crop, hint)
+    todo = engine.share(run, todo)
+    sizes = [max(STRIDE, round(network["crop"] * s / STRIDE) * STRIDE) for s in args.scales]
     labels = dict(zip(ids, dataset.labels(ids)))
-    stage.start()
-    sizes = [max(STRIDE, round(settings["crop"] * s / STRIDE) * STRIDE) for s in args.scales]
-    print(f"photos resized to {', '.join(f'{s}x{s}' for s in sizes)}, each with its mirror image")
+    names = ["refined"] + ["plain"] * (args.plain or args.eigen) + ["eigen"] * args.eigen
 
-    def item(id, image):
-        scaled = [v2.functional.resize(image, [s, s], v2.InterpolationMode.BICUBIC) for s in sizes]
-        return id, image.size[::-1], [data.to_tensor()(s) for s in scaled]
+    def item(name, photo):
+        return name, photo.size[::-1], [square(side)(photo) for side in sizes]
 
-    with data.Bar(total=len(ids), initial=len(ids) - len(todo), desc="cams", unit="img", writes=args.out / "cams") as bar:
-        for names, shapes, images in data.loader(data.Images(dataset.image, todo, item), args.batch_size, args):
-            maps = export(model, [x.to(args.device) for x in images], args)
-            for n, id in enumerate(names):
-                own = labels[id].nonzero()[:, 0]
-                data.write_seeds(args.out / "cams" / f"{id}.npz", own.numpy() + 1, [int(side[n]) for side in shapes],
-                                 **{name: [scale[n, own].numpy() for scale in scales] for name, scales in maps.items()})
-            bar.update(len(names))
-    stage.finish()
-
-
-# ---------------------------------------------------------------- pictures
-
-def heat(photo, classes, maps, colours):
-    """The photo, darkened, with each class map in its class's colour. photo: uint8 (3, H, W), maps: (k, H, W) -> the same"""
-    grey = 0.35 * photo.float().mean(0, keepdim=True).expand(3, -1, -1)
-    if not len(classes):
-        return grey.byte()
-    value, winner = torch.from_numpy(maps).max(0)
-    colour = colours[torch.from_numpy(classes)[winner]].permute(2, 0, 1).float()
-    return (grey * (1 - value) + colour * value).clamp(0, 255).byte()
+    with engine.bar(len(todo), "seeds") as progress:
+        for found, heights_widths, images in data.loader(data.Images(dataset.image, todo, item), args,
+                                                         batch_size=args.batch_size):
+            of_batch = torch.stack([labels[name] for name in found])
+            maps = multi_scale(model, [x.to(args.device) for x in images], of_batch, names, args.device, args.amp)
+            for n, name in enumerate(found):
+                own = labels[name].nonzero()[:, 0]
+                size = [int(side[n]) for side in heights_widths]
+                chosen = {}
+                for kind, scales in maps.items():
+                    chosen[kind] = [(scale[n] if kind == "eigen" else scale[n, own]).numpy() for scale in scales]
+                seeds.write_seeds(run.folder / f"{name}.npz", own.numpy() + 1, size, **chosen)
+            progress.update(len(found))
+    engine.finish(run)
 
 
-def show(args):
-    """Draw photo, ground truth, plain CAM, seed, pseudo label and segmentation in a row for some ids -> OUT/show.png"""
-    dataset, out = data.DataSet(args.data), args.out
-    data.read_record(out, "cams")
-    colours, rows, side = torch.from_numpy(data.palette()), [], args.height
-    for id in (args.ids or dataset.ids("train", required=False) or dataset.ids("train_aug"))[:args.first]:
-        photo = v2.functional.pil_to_tensor(data.read_image(dataset.image(id)))
-        panels = [photo]
-
-        def labelled(path):
-            if not path.is_file():
-                return torch.full_like(photo, 255)  # a stage that has not run, or not on this photo, stays white
-            return data.overlay(photo, data.read_mask(path))
-
-        panels.append(labelled(dataset.mask(id)))
-        for name in ("plain", "refined"):
-            path = out / "cams" / f"{id}.npz"
-            try:
-                panels.append(heat(photo, *data.read_seeds(path, name), colours))
-            except data.InputError:
-                panels.append(torch.full_like(photo, 255))
-        panels += [labelled(out / folder / f"{id}.png") for folder in ("pseudo_labels", "segmentation")]
-        width = round(side * photo.shape[2] / photo.shape[1])
-        rows.append([v2.functional.resize(p, [side, width], antialias=True) for p in panels])
-    widest = max(row[0].shape[2] for row in rows)
-    panels = [v2.functional.pad(p, [0, 0, widest - p.shape[2], 0], fill=255) for row in rows for p in row]
-    grid = make_grid(torch.stack(panels).float() / 255, nrow=6, padding=4, pad_value=1)
-    data.write(out / "show.png", lambda file: save_image(grid, file, format="png"))
-    print(f"photo | ground truth | plain CAM | seed | pseudo label | segmentation -> {out / 'show.png'}")
+def export(args):
+    """Write the seeds of every photo as DIR/ID/CLASS.npy, float32 (H, W) in [0, 1], for other people's code."""
+    dataset, folder = data.DataSet(args.data), args.out / "cams"
+    stage.read_record(args.out, "cams")
+    for path in sorted(folder.rglob("*.npz")):
+        for c, cam in zip(*seeds.read_seeds(path)):
+            to = args.to / path.relative_to(folder).with_suffix("") / f"{dataset.classes[c - 1]}.npy"
+            stage.write(to, lambda file, cam=cam: np.save(file, cam))
 
 
 def noise_factor(text):
-    """"none" -> None, "2" -> 2.0"""
-    return None if text == "none" else float(text)
+    """ "none" -> None, "2" -> 2.0 """
+    return None if text == "none" else above(0)(text)
 
 
 def main():
-    commands = data.Commands(__doc__, PRESETS)
+    commands = engine.Commands(__doc__, PRESETS)
     both = commands.add(train, "train the classifier"), commands.add(cams, "export the seeds")
     for parser in both:
         parser.add_argument("--arch", choices=ARCHS, default="small", help="Conformer; small is the paper's")
-        parser.add_argument("--crop", type=int, default=512, help="side of the square training crops, pixels")
-        parser.add_argument("--batch-size", type=int, default=8, help="photos a step")
+        parser.add_argument("--crop", type=whole(STRIDE), default=512, help="side of the square training crops, pixels")
+        parser.add_argument("--batch-size", type=whole(1), default=8, help="photos a step")
     parser = both[0]
-    parser.add_argument("--loss", choices=("bnr", "transcam"), default="bnr", help="eq. 9, or the baseline's L_cls alone")
+    parser.add_argument("--loss", choices=("bnr", "transcam"), default="bnr",
+                        help="eq. 9, or the baseline's L_cls alone")
     parser.add_argument("--noise", type=noise_factor, default=1.0, help="factor of eq. 6; none: M* itself in the loss")
     parser.add_argument("--pretrained", type=Path, help="ImageNet weights, Conformer_ARCH_patch16.pth")
-    parser.add_argument("--partial", action=argparse.BooleanOptionalAction, default=False, help="--pretrained may lack tensors")
-    parser.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False, help="start without weights")
-    parser.add_argument("--sharpness", type=float, default=60.0, help="logit a token gives itself in fresh blocks; 0: uniform start")
-    parser.add_argument("--epochs", type=int, default=22, help="passes over train_aug")
-    parser.add_argument("--lr", type=float, default=5e-5, help="of AdamW, constant")
-    parser.add_argument("--weight-decay", type=float, default=5e-4, help="on every parameter")
-    parser.add_argument("--long-side", type=int, nargs=2, default=(320, 640), help="range of the longer side, pixels")
-    data.add_memory_flags(parser)
+    parser.add_argument("--partial", action=argparse.BooleanOptionalAction, default=False,
+                        help="--pretrained may lack tensors; what it lacks starts almost without effect")
+    parser.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False,
+                        help="start without weights")
+    parser.add_argument("--sharpness", type=real(0), default=60.0,
+                        help="logit a token gives itself in fresh blocks; 0: uniform start")
+    parser.add_argument("--epochs", type=whole(0), default=22, help="passes over train_aug")
+    parser.add_argument("--lr", type=above(0), default=5e-5, help="of AdamW, constant")
+    parser.add_argument("--head-lr", type=above(0), default=1.0, help="factor on --lr for the two heads")
+    parser.add_argument("--transformer-lr", type=real(0), default=1.0, help="factor on --lr for the transformer branch")
+    parser.add_argument("--weight-decay", type=real(0), default=5e-4, help="on every parameter")
+    parser.add_argument("--long-side", type=whole(1), nargs=2, action=stage.Range, default=(320, 640),
+                        help="range of the longer side, pixels")
+    parser.add_argument("--micro-batch", type=whole(0), default=0,
+                        help="images at a time through the network, 0: the batch at once")
     parser = both[1]
     parser.add_argument("--weights", type=Path, help="a TransCAM classifier instead of OUT/classifier.pth")
-    parser.add_argument("--split", help="list to export, to be scored alone (default: all photos that later stages read)")
-    parser.add_argument("--scales", type=float, nargs="+", default=(0.5, 1.0, 1.5), help="of the crop")
-    parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=False, help="export plain CAMs (M) too")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                        help="torch.compile the network: slower to start, then faster; needs a C++ compiler")
-    parser = commands.add(show, "draw all stages of some photos in rows")
-    parser.add_argument("--ids", nargs="+", help="photos to draw (default: train, or train_aug without it)")
-    parser.add_argument("--first", type=int, default=4, help="only so many of them")
-    parser.add_argument("--height", type=int, default=120, help="of a row, pixels")
+    parser.add_argument("--split", help="list to export (default: all photos that later stages read)")
+    parser.add_argument("--scales", type=above(0), nargs="+", default=(0.5, 1.0, 1.5), help="of the crop")
+    parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=False, help="plain CAMs (M) too")
+    parser.add_argument("--eigen", action=argparse.BooleanOptionalAction, default=False, help="Eigen-CAM too")
+    parser = commands.add(export, "our seeds for other people's code")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write ID/CLASS.npy into")
     commands.run()
 
 

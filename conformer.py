@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# channel ratio, token width D, heads H, stem channels, stages at stride 4, 8, 16; `nano` is ours, the others are published
+# channel ratio, token width D, heads H, stem channels, stages at stride 4, 8, 16; all are published but `nano`
 ARCHS = {
     "nano": (1, 96, 3, 32, (1, 1, 2)),
     "tiny": (1, 384, 6, 64, (4, 4, 4)),
@@ -73,7 +73,7 @@ class Block(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Bottleneck; `added` joins before its 3x3 convolution. Returns the output and the features after the second activation."""
+    """Bottleneck; `added` joins before its 3x3 convolution. -> output, features after the second activation"""
 
     def __init__(self, inputs, outputs, stride=1, project=False):
         super().__init__()
@@ -169,11 +169,12 @@ class Conformer(nn.Module):
 
         self.depth = sum(depths)
         drop = torch.linspace(0, DROP_PATH, self.depth).tolist()
-        levels = [level for level, blocks in enumerate(depths) for _ in range(blocks)]  # of each stage: stride 4, 8 or 16
+        levels = [0] * depths[0] + [1] * depths[1] + [2] * depths[2]  # of each stage: stride 4, 8 or 16
         for stage, (before, level) in enumerate(zip(levels, levels[1:]), start=2):  # stage 1 is conv_1 beside trans_1
-            self.add_module(f"conv_trans_{stage}", ConvTransBlock(
-                width * 2 ** before, width * 2 ** level, dim, heads, token_stride=4 // 2 ** level, stride=2 if level > before else 1,
-                drop_path=drop[stage - 1], last=stage == self.depth))
+            block = ConvTransBlock(
+                width * 2 ** before, width * 2 ** level, dim, heads, token_stride=4 // 2 ** level,
+                stride=2 if level > before else 1, drop_path=drop[stage - 1], last=stage == self.depth)
+            self.add_module(f"conv_trans_{stage}", block)
         self.trans_cls_head = nn.Linear(dim, num_classes)
         self.conv_cls_head = nn.Conv2d(width * 2 ** levels[-1], num_classes, 3, padding=1)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -212,7 +213,7 @@ def _init(module):
 
 
 def init_attention(block, sharpness):
-    """Start a fresh transformer block with W_K = W_Q, so that like tokens attend to each other (Trockman & Kolter 2023).
+    """Start a fresh block with W_K = W_Q, so that like tokens attend to each other (Trockman & Kolter 2023).
 
     A fresh block's attention is almost uniform and M* = A* M then a flat average. `sharpness` is the logit that a
     layer-normed token gives itself, sqrt(D/H) * D * std^2: one number for all widths, from which std follows.
@@ -223,3 +224,19 @@ def init_attention(block, sharpness):
         query = torch.randn(D, D) * std
         block.attn.qkv.weight[:D] = query
         block.attn.qkv.weight[D:2 * D] = query
+
+
+def init_identity(model, fresh, coupling=0.1):
+    """Where a file gave the convolution branch alone: it starts (almost) as the network that it comes from.
+
+    Tokens join it with BatchNorm scale `coupling` (at 0 the ReLU behind would stay dead); a fresh bottleneck passes its
+    input on. fresh: names of the tensors that the file did not give
+    """
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, FCUUp) and f"{name}.bn.weight" in fresh:
+                module.bn.weight.fill_(coupling)
+            if isinstance(module, ConvBlock) and f"{name}.bn3.weight" in fresh:
+                module.bn3.weight.zero_()
+                if module.project and f"{name}.residual_conv.weight" in fresh:
+                    nn.init.dirac_(module.residual_conv.weight)

@@ -1,312 +1,85 @@
-"""PSA (Ahn & Kwak 2018): seeds -> affinity labels -> AffinityNet -> random walk -> pseudo labels. Sec. 3.4 of the paper.
+"""PSA (Ahn & Kwak 2018): seeds, affinity labels, AffinityNet, random walk, pseudo labels. Sec. 3.4 of the paper.
 
     python psa.py labels   OUT/cams                             -> OUT/affinity_labels/ID.png (255: not sure)
     python psa.py train    OUT/affinity_labels                  -> OUT/affinitynet.pth
     python psa.py walk     OUT/affinitynet.pth, OUT/cams        -> OUT/pseudo_labels/ID.png
-
-The dense CRF (Kraehenbuehl & Koltun 2011) is pydensecrf's; ResNet-38 (Wu et al. 2019) is also the segmenter's backbone.
 """
-import argparse
-import math
-import re
 import warnings
-from pathlib import Path
 
+import stage  # before torch: from here on Ctrl-C is one line
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data
+import engine
+import seeds
+from crf import CRF_LABELS, crf_from_labels
+from resnet38 import NARROW, add_network_flags, freeze_batch_norm, make_backbone, make_optimizer, place, start_network
+from stage import FlagError, above, real, whole
 
-NARROW = {"from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3}  # for short trainings
 PRESETS = {
     "voc": {},
     "coco": {},
-    "toy": {**NARROW, "epochs": 8, "crop": 96, "log_steps": 5, "foreground": 0.5, "background": 0.15, "background_score": 0.3},
+    "toy": {**NARROW, "epochs": 8, "crop": 96, "log_steps": 5, "foreground": 0.5, "background": 0.15,
+            "background_score": 0.3},
     "small": {**NARROW, "epochs": 1, "crop": 128},
 }
 STRIDE = 8  # pixels of the photo one affinity feature stands for
 RADIUS = 5  # places within it are compared
-RESNET38 = "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"  # its ImageNet weights
-CRF_LABELS = {"gauss": (3, 3), "bilateral": (50, 5, 10), "steps": 10, "sure": 0.7}  # sxy, compat; sxy, srgb, compat
 
 
-# ---------------------------------------------------------------- dense CRF
+# ---------------------------------------------------------------- equations, on pairs of places
 
-def crf_inference(photo, unary, gauss, bilateral, steps, share=1):
-    """Mean-field inference of the dense CRF, Potts compatibility. Returns Q.
+def affinity(start, end):
+    """Affinity of pairs of places: exp(-mean |f_i - f_j|). As written; the run uses `affinities`, of all pairs at once.
 
-    photo: uint8 (H, W, 3), unary: -log p, float32 (L, H, W), share: how many labels the last one stands for
-    ->  float32 (L, H, W)
-
-    m labels that share one unary also share one message. One label can stand for all m exactly: its unary lowered by
-    log m (done by the caller), its compatibility divided by m.
+    start, end: features of the two places of each pair, (C, n)  ->  (n,) in (0, 1]
     """
-    from pydensecrf.densecrf import DenseCRF2D
-
-    labels, height, width = unary.shape
-    weights = np.ones(labels, np.float32)
-    weights[-1] /= share
-    crf = DenseCRF2D(width, height, labels)
-    crf.setUnaryEnergy(np.ascontiguousarray(unary.reshape(labels, -1), np.float32))
-    crf.addPairwiseGaussian(sxy=gauss[0], compat=-gauss[1] * weights)
-    crf.addPairwiseBilateral(sxy=bilateral[0], srgb=bilateral[1], rgbim=np.ascontiguousarray(photo), compat=-bilateral[2] * weights)
-    return np.array(crf.inference(steps), np.float32).reshape(labels, height, width)
+    return torch.exp(-(start - end).abs().mean(0))
 
 
-def crf_from_labels(photo, labels, num_classes, gauss, bilateral, steps, sure):
-    """CRF on a label map: its own label has probability `sure`, the other S-1 share the rest, background like any other.
+def pair_kinds(start, end):
+    """Which pairs are background, of one foreground class, and unlike; pairs with a void place (255) are none of it.
 
-    photo: uint8 (H, W, 3), labels: uint8 (H, W) in 0..S-1  ->  uint8 (H, W)
+    start, end: labels of the two places, any shapes that broadcast  ->  three bool of that shape
     """
-    present = np.unique(labels)
-    absent = np.setdiff1d(np.arange(num_classes), present)
-    other = -np.log((1 - sure) / (num_classes - 1))
-    unary = np.full((len(present) + (len(absent) > 0), *labels.shape), other, np.float32)
-    unary[:len(present)][labels == present[:, None, None]] = -np.log(sure)
-    if len(absent):
-        unary[-1] -= np.log(len(absent))
-    q = crf_inference(photo, unary, gauss, bilateral, steps, share=max(1, len(absent)))
-    if len(absent):
-        q[-1] /= len(absent)  # of one of them: the first stands for all in the argmax
-    return np.append(present, absent[:1]).astype(np.uint8)[q.argmax(0)]
+    valid = (start != 255) & (end != 255)
+    alike = (start == end) & valid
+    return alike & (start == 0), alike & (start != 0), valid & (start != end)
 
 
-def affinity_label(classes, cams, photo, num_classes, foreground, background, crf):
-    """Sure foreground, sure background, the rest VOID, each from a thresholded seed through the CRF.
+def affinity_loss(affinities, kinds, counts, eps=1e-5):
+    """1/4 background pairs + 1/4 pairs of one class + 1/2 unlike pairs, each a mean over the whole batch's pairs.
 
-    classes: (k,), cams: (k, H, W) in [0, 1], photo: uint8 (H, W, 3)  ->  uint8 (H, W)
+    affinities: (...), kinds: `pair_kinds` of that shape, counts: how many pairs of each kind the batch has  ->  scalar
     """
-    high, low = (crf_from_labels(photo, data.hard_threshold(classes, cams, t), num_classes, **crf) for t in (foreground, background))
-    label = np.full(high.shape, data.VOID, np.uint8)
-    label[(high == 0) & (low == 0)] = 0
-    label[high > 0] = high[high > 0]
-    return label
+    positive, negative = -(affinities + eps).log(), -(1 + eps - affinities).log()
+    background, same, unlike = ((loss * kind).sum() / (count + eps)
+                                for loss, kind, count in zip((positive, positive, negative), kinds, counts))
+    return background / 4 + same / 4 + unlike / 2
 
 
-def _write_affinity_label(photo_path, seed_path, path, num_classes, foreground, background):
-    classes, cams = data.read_seeds(seed_path)
-    photo = np.array(data.read_image(photo_path))
-    data.write_mask(path, affinity_label(classes, cams, photo, num_classes, foreground, background, CRF_LABELS))
+def transition(affinities, beta):
+    """T of the walk: affinities to the power beta, each column divided by its sum. As written; the run: `sparse_walk`.
+
+    affinities: (N, N), symmetric, 1 on the diagonal  ->  (N, N)
+    """
+    powers = affinities ** beta
+    return powers / powers.sum(0, keepdim=True)
 
 
-def labels(args):
-    """Affinity labels of train_aug from the seeds at two thresholds -> OUT/affinity_labels/ID.png"""
-    dataset = data.DataSet(args.data)
-    ids = dataset.ids("train_aug")
-    stage = data.Stage(args, "affinity_labels", reads=("cams",))
-    paths = {id: args.out / "affinity_labels" / f"{id}.png" for id in ids}
-    todo = stage.todo(paths)
-    if stage.is_done(todo):
-        return
-    stage.start()
-    jobs = ((dataset.image(id), args.out / "cams" / f"{id}.npz", paths[id], dataset.num_classes, args.foreground, args.background)
-            for id in todo)
-    for _ in data.in_processes(_write_affinity_label, jobs, args.workers, len(todo), "affinity labels", args.out / "affinity_labels"):
-        pass
-    stage.finish()
+def random_walk(maps, transition, steps):
+    """maps T^steps. As written; the run uses `sparse_walk`. maps: (L, N), transition: (N, N)  ->  (L, N)"""
+    for _ in range(steps):
+        maps = maps @ transition
+    return maps
 
 
-# ---------------------------------------------------------------- ResNet-38
-
-class ResBlock(nn.Module):
-    """Two 3x3 convolutions, pre-activated."""
-
-    def __init__(self, inputs, middle, outputs, stride=1, first_dilation=1, dilation=1):
-        super().__init__()
-        self.project = inputs != outputs or stride > 1
-        self.bn_branch2a = nn.BatchNorm2d(inputs)
-        self.conv_branch2a = nn.Conv2d(inputs, middle, 3, stride, first_dilation, first_dilation, bias=False)
-        self.bn_branch2b1 = nn.BatchNorm2d(middle)
-        self.conv_branch2b1 = nn.Conv2d(middle, outputs, 3, 1, dilation, dilation, bias=False)
-        if self.project:
-            self.conv_branch1 = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x):
-        """-> the block's output, and its activated input"""
-        active = F.relu(self.bn_branch2a(x))
-        shortcut = self.conv_branch1(active) if self.project else x
-        return shortcut + self.conv_branch2b1(F.relu(self.bn_branch2b1(self.conv_branch2a(active)))), active
-
-
-class ResBlockBottleneck(nn.Module):
-    """1x1, 3x3 dilated, 1x1, pre-activated, dropout of whole channels before the second and third."""
-
-    def __init__(self, inputs, outputs, dilation, dropout):
-        super().__init__()
-        self.bn_branch2a = nn.BatchNorm2d(inputs)
-        self.conv_branch2a = nn.Conv2d(inputs, outputs // 4, 1, bias=False)
-        self.bn_branch2b1 = nn.BatchNorm2d(outputs // 4)
-        self.dropout_2b1 = nn.Dropout2d(dropout)
-        self.conv_branch2b1 = nn.Conv2d(outputs // 4, outputs // 2, 3, 1, dilation, dilation, bias=False)
-        self.bn_branch2b2 = nn.BatchNorm2d(outputs // 2)
-        self.dropout_2b2 = nn.Dropout2d(dropout)
-        self.conv_branch2b2 = nn.Conv2d(outputs // 2, outputs, 1, bias=False)
-        self.conv_branch1 = nn.Conv2d(inputs, outputs, 1, bias=False)
-
-    def forward(self, x):
-        active = F.relu(self.bn_branch2a(x))
-        inner = self.dropout_2b1(F.relu(self.bn_branch2b1(self.conv_branch2a(active))))
-        inner = self.dropout_2b2(F.relu(self.bn_branch2b2(self.conv_branch2b1(inner))))
-        return self.conv_branch1(active) + self.conv_branch2b2(inner), active
-
-
-class ResNet38(nn.Module):
-    """ResNet-38 of stride 8. (B, 3, H, W) -> conv4, conv5, conv6 of 512, 1024, 4096 channels times width/64."""
-
-    FROZEN = ("conv1a", "b2", "b2_1", "b2_2")
-
-    def __init__(self, width=64, dropout=1.0):
-        super().__init__()
-        c = [width * n for n in (1, 2, 4, 8, 16, 32, 64)]
-        self.channels = c[3], c[4], c[6]
-        self.conv1a = nn.Conv2d(3, c[0], 3, 1, 1, bias=False)
-        inputs = c[0]
-        for name, outputs, count in (("b2", c[1], 3), ("b3", c[2], 3), ("b4", c[3], 6)):
-            for n in range(count):
-                self.add_module(name if n == 0 else f"{name}_{n}", ResBlock(inputs, outputs, outputs, stride=2 if n == 0 else 1))
-                inputs = outputs
-        self.b5 = ResBlock(c[3], c[3], c[4], first_dilation=1, dilation=2)
-        self.b5_1 = ResBlock(c[4], c[3], c[4], first_dilation=2, dilation=2)
-        self.b5_2 = ResBlock(c[4], c[3], c[4], first_dilation=2, dilation=2)
-        self.b6 = ResBlockBottleneck(c[4], c[5], dilation=4, dropout=0.3 * dropout)
-        self.b7 = ResBlockBottleneck(c[5], c[6], dilation=4, dropout=0.5 * dropout)
-        self.bn7 = nn.BatchNorm2d(c[6])
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x):
-        x, active = self.conv1a(x), {}
-        for name, block in self.named_children():
-            if name.startswith("b") and name != "bn7":
-                x, active[name] = block(x)
-        return active["b5"], active["b6"], F.relu(self.bn7(x))
-
-
-class ResNetStages(nn.Module):
-    """torchvision's resnet50 or resnet101 dilated to stride 8; layer2, layer3, layer4 stand in for conv4, conv5, conv6."""
-
-    FROZEN = ("conv1", "bn1", "layer1")
-
-    def __init__(self, name):
-        super().__init__()
-        full = getattr(torchvision.models, name)(weights=None, replace_stride_with_dilation=[False, True, True])
-        for part, module in full.named_children():
-            if part not in ("avgpool", "fc"):
-                self.add_module(part, module)
-        self.channels = 512, 1024, 2048
-
-    def forward(self, x):
-        x = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
-        conv4 = self.layer2(x)
-        conv5 = self.layer3(conv4)
-        return conv4, conv5, self.layer4(conv5)
-
-
-def make_backbone(args):
-    """-> the backbone, with the weights that the flags ask for"""
-    backbone = ResNet38(args.width, args.dropout) if args.backbone == "resnet38" else ResNetStages(args.backbone)
-    if args.from_scratch:
-        return backbone
-    hint = f": torchvision's {args.backbone} on ImageNet fits"
-    if args.backbone == "resnet38":
-        hint = f": {RESNET38}, or PSA's or SEAM's .pth, fits"
-        if not args.resnet38:
-            raise data.InputError(
-                f"no weights: RESNET38=FILE (--resnet38) takes {RESNET38}, the ResNet-38 of "
-                "github.com/itijyou/ademxapp, or PSA's .pth of it; --backbone resnet50 uses torchvision's; "
-                "FROM_SCRATCH=1 (--from-scratch) starts without")
-        state, path = read_resnet38(args.resnet38, hint), args.resnet38
-    else:
-        path = args.backbone_weights or fetch(args.backbone)
-        state = data.read_weights(path, hint)
-        state = state.get("model", state)
-    data.load_weights(backbone, {k: v for k, v in state.items() if not k.startswith("fc.")}, path, hint=hint)
-    return backbone
-
-
-def fetch(name):
-    """torchvision's ImageNet weights of a backbone -> the file in torch's cache, downloaded where it is not there"""
-    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, path, hash_prefix=path.stem.rsplit("-", 1)[1])
-        except (OSError, RuntimeError) as error:  # no network, or not the file that its name promises
-            raise data.InputError(f"cannot fetch {url} ({error}): give a file, --backbone-weights") from None
-    return path
-
-
-def read_resnet38(path, hint=""):
-    """ResNet-38's weights, from the MXNet file or a .pth of PSA or SEAM, less their heads. -> name: tensor"""
-    if path.suffix != ".params":
-        known = ResNet38(1).state_dict()
-        return {k: v for k, v in data.read_weights(path, hint).items() if k in known}
-    out = {}
-    for name, array in read_mxnet(path, hint).items():
-        known = re.fullmatch(r"(?:arg|aux):(.+?)_(weight|bias|gamma|beta|moving_mean|moving_var)", name)
-        layer, what = known.groups() if known else (name, "unknown")  # then loading names it
-        if layer == "linear1000":
-            continue
-        what = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_var": "running_var"}.get(what, what)
-        inner = re.fullmatch(r"(res|bn)(\d)([a-z]?)(\d*)_(branch.+)", layer)
-        if inner:  # res4b2_branch2a -> b4_2.conv_branch2a
-            part, level, letter, number, branch = inner.groups()
-            index = int(number) if number else (ord(letter) - ord("a") if letter else 0)
-            layer = f"b{level}{f'_{index}' if index else ''}.{'conv' if part == 'res' else 'bn'}_{branch}"
-        out[f"{layer}.{what}"] = torch.from_numpy(array)
-    return out
-
-
-def read_mxnet(path, hint=""):
-    """Arrays of an MXNet .params file in any of its three on-disk forms, numpy only. -> name: float32 array"""
-    if not path.is_file():
-        raise data.InputError(f"no weight file {path}{hint}")
-    data.print_sha256(path)
-    raw, at = path.read_bytes(), 0
-
-    def take(kind, *shape):
-        nonlocal at
-        size = math.prod(shape) * np.dtype(kind).itemsize
-        if min(shape, default=0) < 0 or at + size > len(raw):
-            raise ValueError(f"at byte {at} it lacks {kind} of shape {shape}")
-        out = np.frombuffer(raw[at:at + size], kind).reshape(shape)
-        at += size
-        return out
-
-    def array():
-        magic = take("<u4")
-        if magic == 0xF993FAC9 and take("<i4") != 0:
-            raise ValueError("it holds a sparse array")
-        new = magic in (0xF993FAC8, 0xF993FAC9)
-        rank = int(take("<u4") if new else magic)
-        if not 1 <= rank <= 8:
-            raise ValueError(f"an array of rank {rank}")
-        shape = take("<i8" if new else "<u4", rank).tolist()
-        *_, kind = take("<i4", 3).tolist()  # after the device's type and id
-        if kind not in (0, 1, 2):
-            raise ValueError(f"an array of type {kind}")
-        return take(("<f4", "<f8", "<f2")[kind], *shape).astype(np.float32)
-
-    try:
-        if take("<u8", 2).tolist() != [0x112, 0]:
-            raise ValueError("no MXNet list")
-        arrays = [array() for _ in range(take("<u8"))]
-        names = [take("u1", int(take("<u8"))).tobytes().decode("latin1") for _ in range(take("<u8"))]
-        if len(names) != len(arrays):
-            raise ValueError(f"{len(arrays)} arrays, {len(names)} names")
-    except ValueError as error:
-        raise data.InputError(f"{path} cannot be read as MXNet weights: {error}{hint}") from None
-    return dict(zip(names, arrays))
-
-
-# ---------------------------------------------------------------- AffinityNet
+# ---------------------------------------------------------------- the same, fast, on maps
 
 def offsets(radius):
     """The places (dy, dx) with y >= 0 within `radius` of a place, each pair once: 34 for radius 5."""
@@ -330,7 +103,7 @@ def pairs(maps, radius):
 
 
 class _MeanDifference(torch.autograd.Function):
-    """mean |f_i - f_j| over the channels. (B, C, h, w) -> (B, 34, h', w'); for the gradient only the features are kept."""
+    """mean |f_i - f_j| over the channels, keeping the features alone. (B, C, h, w) -> (B, 34, h', w')"""
 
     @staticmethod
     def forward(ctx, features, radius):
@@ -351,31 +124,97 @@ class _MeanDifference(torch.autograd.Function):
         return out, None
 
 
-def affinity(features, radius):
-    """exp(-mean |f_i - f_j|) of each place with those around it (PSA). (B, C, h, w) -> (B, 34, h', w')"""
+def affinities(features, radius):
+    """`affinity` of each place with those around it, in an eighth of the memory. (B, C, h, w) -> (B, 34, h', w')"""
     return torch.exp(-_MeanDifference.apply(features.float(), radius))
 
 
-def pair_kinds(labels, radius):
-    """Which pairs are background, of one foreground class, and unlike; void in none. (B, h, w) -> three bool (B, 34, h', w')"""
+def kinds_of(labels, radius):
+    """`pair_kinds` of each place with those around it. (B, h, w)  ->  three bool (B, 34, h', w')"""
     start, ends = pairs(labels, radius)
-    start, ends = start[:, None], torch.stack(ends, dim=1)
-    valid = (start != data.VOID) & (ends != data.VOID)
-    alike = (start == ends) & valid
-    return alike & (start == 0), alike & (start != 0), valid & (start != ends)
+    return pair_kinds(start[:, None], torch.stack(ends, dim=1))
 
 
-def affinity_loss(affinities, labels, radius, batch=None, eps=1e-5):
-    """1/4 background pairs + 1/4 pairs of one class + 1/2 unlike pairs, each a mean over the batch; void left out (PSA).
+def sparse_transition(affinities, height, width, radius, beta):
+    """The transpose of `transition`, its rows divided by their sums. (34, h', w')  ->  sparse CSR (N, N)"""
+    place = torch.arange(height * width, device=affinities.device).view(height, width)
+    start, ends = pairs(place, radius)
+    i, j, own = start.expand(len(ends), *start.shape).flatten(), torch.stack(ends).flatten(), place.flatten()
+    value = affinities.flatten().float() ** beta
+    index = torch.stack([torch.cat([i, j, own]), torch.cat([j, i, own])])
+    value = torch.cat([value, value, torch.ones_like(own, dtype=torch.float32)])
+    shape = (height * width,) * 2
+    matrix = torch.sparse_coo_tensor(index, value, shape, check_invariants=False).coalesce()
+    rows, columns = matrix.indices()
+    sums = torch.zeros(height * width, device=value.device).index_add_(0, rows, matrix.values())
+    starts = F.pad(rows.bincount(minlength=height * width).cumsum(0), (1, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its sparse CSR a beta; the tests hold it to the dense product
+        # int32 halves the bytes of the indices
+        return torch.sparse_csr_tensor(starts.int(), columns.int(), matrix.values() / sums[rows], shape)
 
-    affinities: (B, 34, h', w'), labels: (B, h, w) at stride 8, batch: (B', h, w), of which these may be a part  ->  scalar
+
+def sparse_walk(maps, affinities, radius, beta, steps):
+    """`random_walk` by sparse products: 100 times faster at 47x63 places, O(N) memory. (L, h, w)  ->  (L, h, w)"""
+    L, h, w = maps.shape
+    matrix = sparse_transition(affinities, h, w, radius, beta)
+    x = maps.reshape(L, -1).t().contiguous().float()  # (N, L)
+    for _ in range(steps):
+        x = matrix @ x
+    return x.t().reshape(L, h, w)
+
+
+# ---------------------------------------------------------------- affinity labels
+
+def affinity_label(classes, cams, photo, num_classes, foreground, background, crf):
+    """Sure foreground, sure background, the rest VOID, each from a thresholded seed through the CRF.
+
+    classes: (k,), cams: (k, H, W) in [0, 1], photo: uint8 (H, W, 3)  ->  uint8 (H, W)
     """
-    kinds = pair_kinds(labels, radius)
-    counts = [chosen.sum() + eps for chosen in (kinds if batch is None else pair_kinds(batch, radius))]
-    positive, negative = -(affinities + eps).log(), -(1 + eps - affinities).log()
-    background, same, unlike = ((loss * chosen).sum() / count for loss, chosen, count in zip((positive, positive, negative), kinds, counts))
-    return background / 4 + same / 4 + unlike / 2
+    high = crf_from_labels(photo, seeds.hard_threshold(classes, cams, foreground), num_classes, **crf)
+    low = crf_from_labels(photo, seeds.hard_threshold(classes, cams, background), num_classes, **crf)
+    label = np.full(high.shape, data.VOID, np.uint8)
+    label[(high == 0) & (low == 0)] = 0
+    label[high > 0] = high[high > 0]
+    return label
 
+
+def _write_affinity_label(photo_path, seed_path, path, num_classes, foreground, background):
+    photo = np.array(data.read_image(photo_path))
+    classes, cams = seeds.read_seeds(seed_path)
+    _require_size(seed_path, cams, photo)
+    data.write_mask(path, affinity_label(classes, cams, photo, num_classes, foreground, background, CRF_LABELS))
+
+
+def _require_size(path, cams, photo):
+    if cams.shape[1:] != photo.shape[:2]:
+        raise stage.InputError(f'{path} is of a photo of another size: delete it and run "make cams"')
+
+
+def _require_seeds(ids, args):
+    data.require([args.out / "cams" / f"{name}.npz" for name in ids], "seeds", ': run "make cams"')
+
+
+def labels(args):
+    """Affinity labels of train_aug from the seeds at two thresholds -> OUT/affinity_labels/ID.png"""
+    if args.foreground < args.background:
+        raise FlagError(f"--foreground {args.foreground} is below --background {args.background}")
+    dataset = data.DataSet(args.data)
+    ids = dataset.ids("train_aug")
+    run = stage.Stage(args, "affinity_labels", reads=("cams",), data=dataset.digest, ignore=("seed", "precision"))
+    todo = run.todo(ids, ".png")
+    if run.is_done(todo):
+        return
+    _require_seeds(ids, args)
+    todo = engine.share(run, todo)
+    jobs = ((dataset.image(name), args.out / "cams" / f"{name}.npz", run.folder / f"{name}.png", dataset.num_classes,
+             args.foreground, args.background) for name in todo)
+    for _ in engine.in_processes(_write_affinity_label, jobs, args.workers, len(todo), "affinity labels"):
+        pass
+    engine.finish(run)
+
+
+# ---------------------------------------------------------------- AffinityNet
 
 class AffinityNet(nn.Module):
     """Features whose differences are affinities (PSA). (B, 3, H, W) -> (B, 448, H/8, W/8)"""
@@ -408,107 +247,49 @@ class AffinityNet(nn.Module):
         return F.elu(self.f9(torch.cat(features, dim=1)))
 
 
-def freeze_batch_norm(model, statistics=True):
-    """Stop the training of every BatchNorm's scale and shift, and of its running statistics."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.requires_grad_(False)
-            if statistics:
-                module.eval()
-
-
-def parameter_groups(model, new, lr, weight_decay):
-    """Published groups: lr x1 pretrained weights, x2 their biases, x10 new weights, x20 new biases; no decay on biases."""
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            factor = (10 if name.startswith(new) else 1) * (2 if name.endswith("bias") else 1)
-            groups.setdefault((factor, name.endswith("bias")), []).append(parameter)
-    return [{"params": p, "lr": lr * factor, "weight_decay": 0 if bias else weight_decay} for (factor, bias), p in groups.items()]
-
-
-def place(model, args):
-    """On the device; channels_last on cuda only: on the CPU torch 2.15's kernels crash on some narrow ResNet-38s."""
-    return model.to(args.device, memory_format=torch.channels_last if args.device.type == "cuda" else torch.preserve_format)
-
-
-def make_optimizer(args, model, new, momentum):
-    """SGD with the published groups, or AdamW for short trainings from scratch, where SGD learns next to nothing (ours)."""
-    if args.optimizer == "adamw" and args.from_scratch:
-        return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    groups = parameter_groups(model, new, args.lr, args.weight_decay)
-    return torch.optim.AdamW(groups) if args.optimizer == "adamw" else torch.optim.SGD(groups, args.lr, momentum)
-
-
 def augment(crop):
-    """Jitter of the whole photo, crop with black padding, flip, in TransCAM's order. The padding counts as background, as there.
+    """Jitter of the whole photo, crop with black padding, flip: TransCAM's order. The padding is background, as there.
 
     PIL photo, tv_tensors.Mask (H, W)  ->  float32 (3, crop, crop), Mask (crop, crop)
     """
     return v2.Compose([v2.ColorJitter(0.3, 0.3, 0.3, 0.1), v2.RandomCrop(crop, pad_if_needed=True, fill=0),
-                       v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.MEAN, data.STD)])
+                       v2.RandomHorizontalFlip(), data.to_tensor()])
 
 
 def train(args):
     """Train AffinityNet on the affinity labels -> OUT/affinitynet.pth"""
+    if args.crop % STRIDE:
+        raise FlagError(f"--crop {args.crop} is no multiple of {STRIDE}")
     dataset = data.DataSet(args.data)
     ids = dataset.ids("train_aug")
-    if args.crop % STRIDE:
-        raise data.InputError(f"--crop {args.crop} is no multiple of {STRIDE}")
-    prepare = augment(args.crop)
+    folder, prepare = args.out / "affinity_labels", augment(args.crop)
 
-    def item(id, photo):
-        photo, label = prepare(photo, tv_tensors.Mask(data.read_mask(args.out / "affinity_labels" / f"{id}.png")))
+    def item(name, photo):
+        label = data.read_mask(folder / f"{name}.png", dataset.num_classes, photo.size[::-1])
+        photo, label = prepare(photo, tv_tensors.Mask(label))
         return photo, label.as_subclass(torch.Tensor)[::STRIDE, ::STRIDE]
 
-    images = data.Images(dataset.image, ids, item)
-    steps = args.epochs * data.steps_of(images, args)
-    stage = data.Stage(args, "affinitynet", reads=("affinity_labels",))
-    if stage.is_done():
+    batches = data.Batches(data.Images(dataset.image, ids, item), args)
+    run = stage.Stage(args, "affinitynet", reads=("affinity_labels",), data=dataset.digest)
+    if run.is_done():
         return
-    net = place(AffinityNet(make_backbone(args), frozen=not args.from_scratch), args)
-    if args.recompute:
-        data.recompute(net.backbone.children())
-    stage.start()
-    optimizer = make_optimizer(args, net, ("f8", "f9"), args.momentum)
+    data.require([folder / f"{name}.png" for name in ids], "affinity labels", ': run "make psa"')
+    net, network = start_network(lambda backbone: AffinityNet(backbone, frozen=not args.from_scratch), args)
+    run.start()
     radius = radius_for(args.crop // STRIDE, args.crop // STRIDE)
-    data.fit(stage, net, optimizer, images,
-             lambda part, batch: affinity_loss(affinity(net(part[0]), radius), part[1], radius, batch[1]),
-             steps, schedule=lambda done: (1 - done) ** 0.9)
-    stage.finish()
+
+    def loss_of(part, labels):
+        kinds = kinds_of(part[1], radius)
+        counts = [kind.sum() for kind in (kinds if len(labels) == len(part[1]) else kinds_of(labels, radius))]
+        return affinity_loss(affinities(net(part[0]), radius), kinds, counts), {}
+
+    optimizer = make_optimizer(net, args, ("f8", "f9"), args.momentum)
+    engine.fit(run, net, optimizer, batches, loss_of, args.epochs * batches.per_epoch, network,
+               schedule=lambda done: (1 - done) ** 0.9)
+    engine.finish(run)
 
 
 # ---------------------------------------------------------------- random walk
-
-def transition_matrix(affinities, height, width, radius, beta):
-    """T' of the walk: affinities to the power beta, both directions, 1 to itself, rows divided by their sums.
-
-    affinities: (34, h', w')  ->  sparse CSR (N, N); before the division it is symmetric, so the columns of T sum to 1
-    """
-    place = torch.arange(height * width, device=affinities.device).view(height, width)
-    start, ends = pairs(place, radius)
-    i, j, own = start.expand(len(ends), *start.shape).flatten(), torch.stack(ends).flatten(), place.flatten()
-    value = affinities.flatten().float() ** beta
-    index = torch.stack([torch.cat([i, j, own]), torch.cat([j, i, own])])
-    matrix = torch.sparse_coo_tensor(index, torch.cat([value, value, torch.ones_like(own, dtype=torch.float32)]),
-                                     (height * width,) * 2, check_invariants=False).coalesce()
-    rows, columns = matrix.indices()
-    sums = torch.zeros(height * width, device=value.device).index_add_(0, rows, matrix.values())
-    starts = F.pad(rows.bincount(minlength=height * width).cumsum(0), (1, 0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls its sparse CSR a beta; the tests hold it to the dense product
-        return torch.sparse_csr_tensor(starts.int(), columns.int(), matrix.values() / sums[rows], matrix.shape)  # int: half the bytes
-
-
-def random_walk(maps, affinities, radius, beta, steps):
-    """maps T^steps by `steps` sparse products, O(N) memory (PSA computes the dense power). (L, h, w) -> (L, h, w)"""
-    L, h, w = maps.shape
-    matrix = transition_matrix(affinities, h, w, radius, beta)
-    x = maps.reshape(L, -1).t().contiguous().float()  # (N, L)
-    for _ in range(steps):
-        x = matrix @ x
-    return x.t().reshape(L, h, w)
-
 
 @torch.inference_mode()
 def walk_scores(net, photo, cams, background_score, beta, steps):
@@ -520,8 +301,8 @@ def walk_scores(net, photo, cams, background_score, beta, steps):
     maps = F.pad(torch.cat([torch.full_like(photo[:1], background_score), cams]), pad)
     features = net(F.pad(photo, pad)[None])
     radius = radius_for(*features.shape[2:])
-    with torch.autocast(photo.device.type, enabled=False):  # rounded 2^7 times to half precision a constant map would not stay one
-        return random_walk(F.avg_pool2d(maps, STRIDE), affinity(features, radius)[0], radius, beta, steps)
+    with torch.autocast(photo.device.type, enabled=False):  # rounded 2^7 times a constant map would not stay one
+        return sparse_walk(F.avg_pool2d(maps, STRIDE), affinities(features, radius)[0], radius, beta, steps)
 
 
 def pseudo_label(scores, classes, photo, num_classes):
@@ -541,69 +322,60 @@ def _write_pseudo_label(scores, classes, photo_path, path, num_classes):
     data.write_mask(path, pseudo_label(torch.from_numpy(scores), classes, photo, num_classes))
 
 
+def load_affinitynet(path, device):
+    """OUT/affinitynet.pth -> the network"""
+    state, network = engine.read_trained(path)
+    net = AffinityNet(make_backbone(**network))
+    engine.load_weights(net, state, path)
+    return place(net, device).eval()
+
+
 def walk(args):
     """Random walk of the seeds, CRF -> OUT/pseudo_labels/ID.png"""
     dataset = data.DataSet(args.data)
     ids = list(dict.fromkeys(dataset.ids("train_aug") + dataset.ids("train", required=False)))
-    stage = data.Stage(args, "pseudo_labels", reads=("cams", "affinitynet"))
-    paths = {id: args.out / "pseudo_labels" / f"{id}.png" for id in ids}
-    todo = stage.todo(paths)
-    if stage.is_done(todo):
+    run = stage.Stage(args, "pseudo_labels", reads=("cams", "affinitynet"), data=dataset.digest, ignore=("seed",))
+    todo = run.todo(ids, ".png")
+    if run.is_done(todo):
         return
-    saved = data.read_weights(args.out / "affinitynet.pth")
-    trained = argparse.Namespace(**{**saved["settings"], "from_scratch": True})
-    net = AffinityNet(make_backbone(trained))
-    data.load_weights(net, saved["model"], args.out / "affinitynet.pth")
-    net = place(net, args).eval()
-    tensor = data.to_tensor()
-    stage.start()
+    _require_seeds(ids, args)
+    net, tensor = load_affinitynet(args.out / "affinitynet.pth", args.device), data.to_tensor()
+    todo = engine.share(run, todo)
 
-    def item(id, photo):
-        classes, cams = data.read_seeds(args.out / "cams" / f"{id}.npz")
-        return id, tensor(photo), classes, cams
+    def item(name, photo):
+        path = args.out / "cams" / f"{name}.npz"
+        classes, cams = seeds.read_seeds(path)
+        _require_size(path, cams, np.asarray(photo))
+        return name, tensor(photo), classes, cams
 
     def jobs():
-        photos = data.loader(data.Images(dataset.image, todo, item), None, args)
-        for id, photo, classes, cams in photos:
-            with data.autocast(args):
+        for name, photo, classes, cams in data.loader(data.Images(dataset.image, todo, item), args, batch_size=None):
+            with engine.autocast(args.device, args.amp):
                 scores = walk_scores(net, photo.to(args.device), torch.as_tensor(cams).to(args.device),
                                      args.background_score, args.beta, 2 ** args.log_steps)
-            yield scores.cpu().numpy(), np.asarray(classes), dataset.image(id), paths[id], dataset.num_classes
+            yield (scores.cpu().numpy(), np.asarray(classes), dataset.image(name), run.folder / f"{name}.png",
+                   dataset.num_classes)
 
-    for _ in data.in_processes(_write_pseudo_label, jobs(), args.workers, len(todo), "pseudo labels", args.out / "pseudo_labels"):
+    for _ in engine.in_processes(_write_pseudo_label, jobs(), args.workers, len(todo), "pseudo labels"):
         pass
-    stage.finish()
-
-
-def add_network_flags(parser):
-    """Flags of the two trainings that start from ResNet-38 or a stand-in."""
-    parser.add_argument("--backbone", choices=("resnet38", "resnet50", "resnet101"), default="resnet38", help="resnet38 is the published one")
-    parser.add_argument("--width", type=int, default=64, help="channels of ResNet-38's stem; 64 is published")
-    parser.add_argument("--resnet38", type=Path, help="its ImageNet weights: MXNet's .params, or PSA's .pth")
-    parser.add_argument("--backbone-weights", type=Path, help="file for resnet50 or resnet101 (default: torchvision's)")
-    parser.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False, help="start without weights")
-    parser.add_argument("--dropout", type=float, default=1.0, help="factor on the published dropout rates")
-    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="adamw is ours, for trainings from scratch")
-    parser.add_argument("--crop", type=int, default=448, help="side of the square crops, pixels")
-    parser.add_argument("--weight-decay", type=float, default=5e-4, help="on weights, not on biases")
-    data.add_memory_flags(parser)
+    engine.finish(run)
 
 
 def main():
-    commands = data.Commands(__doc__, PRESETS)
+    commands = engine.Commands(__doc__, PRESETS)
     parser = commands.add(labels, "affinity labels from seeds")
-    parser.add_argument("--foreground", type=float, default=0.60, help="seed threshold of sure foreground")
-    parser.add_argument("--background", type=float, default=0.25, help="seed threshold of sure background")
+    parser.add_argument("--foreground", type=real(0, 1), default=0.60, help="seed threshold of sure foreground")
+    parser.add_argument("--background", type=real(0, 1), default=0.25, help="seed threshold of sure background")
     parser = commands.add(train, "train AffinityNet")
     add_network_flags(parser)
-    parser.add_argument("--epochs", type=int, default=8, help="passes over train_aug")
-    parser.add_argument("--batch-size", type=int, default=8, help="crops a step")
-    parser.add_argument("--lr", type=float, default=0.01, help="of SGD; falls as (1 - i/max)^0.9")
-    parser.add_argument("--momentum", type=float, default=0.0, help="0: what the published optimizer really did")
+    parser.add_argument("--epochs", type=whole(0), default=8, help="passes over train_aug")
+    parser.add_argument("--batch-size", type=whole(1), default=8, help="crops a step")
+    parser.add_argument("--lr", type=above(0), default=0.01, help="of SGD; falls as (1 - i/max)^0.9")
+    parser.add_argument("--momentum", type=real(0, 1), default=0.0, help="0: what the published optimizer really did")
     parser = commands.add(walk, "random walk: seeds to pseudo labels")
-    parser.add_argument("--background-score", type=float, default=0.42, help="constant map of background")
-    parser.add_argument("--beta", type=float, default=14, help="power of the affinities (PSA: 8)")
-    parser.add_argument("--log-steps", type=int, default=7, help="the walk has 2^n steps (PSA: 8)")
+    parser.add_argument("--background-score", type=real(0, 1), default=0.42, help="constant map of background")
+    parser.add_argument("--beta", type=above(0), default=14, help="power of the affinities (PSA: 8)")
+    parser.add_argument("--log-steps", type=whole(0, 20), default=7, help="the walk has 2^n steps (PSA: 8)")
     commands.run()
 
 

@@ -9,6 +9,7 @@ import argparse
 import tarfile
 from pathlib import Path
 
+import stage  # before torch: from here on Ctrl-C is one line
 import numpy as np
 import torch
 import torch.nn as nn
@@ -18,17 +19,22 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 import data
-from psa import NARROW, add_network_flags, crf_inference, freeze_batch_norm, make_backbone, make_optimizer, place
+import engine
+from crf import CRF_SCORES, dense_crf
+from resnet38 import NARROW, add_network_flags, freeze_batch_norm, make_backbone, make_optimizer, place, start_network
+from stage import InputError, above, whole
 
 PRESETS = {
     "voc": {},
     "coco": {},
-    "toy": {**NARROW, "iterations": 1000, "batch_size": 8, "crop": 96, "scale_range": (0.4, 0.6), "scales": (0.4, 0.5, 0.6)},
-    "small": {**NARROW, "iterations": 1500, "batch_size": 8, "crop": 128, "scale_range": (0.4, 0.8), "scales": (0.4, 0.6, 0.8)},
+    "toy": {**NARROW, "iterations": 1000, "batch_size": 8, "crop": 96, "scale_range": (0.4, 0.6),
+            "scales": (0.4, 0.5, 0.6)},
+    "small": {**NARROW, "iterations": 1500, "batch_size": 8, "crop": 128, "scale_range": (0.4, 0.8),
+              "scales": (0.4, 0.6, 0.8)},
 }
 NEW = ("conv_fov", "conv_fov2", "cls_conv")
-CRF_SCORES = {"gauss": (3, 3), "bilateral": (32, 13, 10), "steps": 1}  # sxy, compat; sxy, srgb, compat
 MIN_PROBABILITY = 1e-5  # keeps the unary of the CRF finite
+SUBMISSION = Path("results/VOC2012/Segmentation/comp6_test_cls")  # folder in the archive of VOC's server
 
 
 class DeepLab(nn.Module):
@@ -71,14 +77,15 @@ class DeepLab(nn.Module):
         return self.cls_conv(self.dropout(F.relu(self.bn_fov2(self.conv_fov2(x)))))
 
 
-def segmentation_loss(logits, labels, batch=None):
-    """Cross-entropy at full size, void ignored, mean over the batch, of whose labels these may be a part.
+def segmentation_loss(logits, labels, pixels):
+    """Cross-entropy at full size, void (255) ignored, divided by how many pixels of the whole batch count.
 
-    logits: (B, S, h, w), labels: (B, H, W), batch: (B', H, W)  ->  scalar
+    logits: (B, S, h, w), labels: (B, H, W), pixels: scalar  ->  scalar
     """
     full = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=True)
-    pixels = ((labels if batch is None else batch) != data.VOID).sum().clamp(min=1)
-    return F.cross_entropy(full, labels, ignore_index=data.VOID, reduction="sum") / pixels
+    if torch.are_deterministic_algorithms_enabled():  # on cuda the loss on maps is not
+        full, labels = full.permute(0, 2, 3, 1).flatten(0, 2), labels.flatten()
+    return F.cross_entropy(full, labels, ignore_index=255, reduction="sum") / max(pixels, 1)
 
 
 # ---------------------------------------------------------------- train
@@ -97,42 +104,54 @@ def random_scale(photo, label, low, high):
     return photo, v2.functional.resize(label, photo.size[::-1], InterpolationMode.NEAREST)
 
 
+def augment(photo, label, scale_range, crop):
+    """Colour jitter, flip, scale, crop; the photo is padded with the mean colour, the label with void.
+
+    PIL photo, uint8 (H, W)  ->  float32 (3, crop, crop), int64 (crop, crop)
+    """
+    photo, label = v2.RandomHorizontalFlip()(jitter_hsv(photo), tv_tensors.Mask(label))
+    photo, label = random_scale(photo, label, *scale_range)
+    fill = {tv_tensors.Mask: data.VOID, "others": data.MEAN_COLOUR}
+    photo, label = v2.RandomCrop(crop, pad_if_needed=True, fill=fill)(photo, label)
+    return data.to_tensor()(photo), label.as_subclass(torch.Tensor).long()
+
+
 def train(args):
     """Train DeepLab on the pseudo labels -> OUT/segmenter.pth"""
     dataset = data.DataSet(args.data)
     ids = dataset.ids("train_aug")
-    labels = args.labels or args.out / "pseudo_labels"
-    if args.labels:
-        data.require([labels / f"{id}.png" for id in ids])
-    flip, tensor = v2.RandomHorizontalFlip(), data.to_tensor()
-    crop = v2.RandomCrop(args.crop, pad_if_needed=True, fill={tv_tensors.Mask: data.VOID, "others": data.MEAN_COLOUR})
+    folder = args.labels or args.out / "pseudo_labels"
 
-    def item(id, photo):
-        label = tv_tensors.Mask(data.read_mask_within(labels / f"{id}.png", dataset.num_classes))
-        photo, label = crop(*random_scale(*flip(jitter_hsv(photo), label), *args.scale_range))
-        return tensor(photo), label.as_subclass(torch.Tensor).long()
+    def item(name, photo):
+        label = data.read_mask(folder / f"{name}.png", dataset.num_classes, photo.size[::-1])
+        return augment(photo, label, args.scale_range, args.crop)
 
-    images = data.Images(dataset.image, ids, item)
-    data.steps_of(images, args)
-    stage = data.Stage(args, "segmenter", reads=() if args.labels else ("pseudo_labels",))
-    if stage.is_done():
+    batches = data.Batches(data.Images(dataset.image, ids, item), args)
+    run = stage.Stage(args, "segmenter", reads=() if args.labels else ("pseudo_labels",), data=dataset.digest)
+    if run.is_done():
         return
+    data.require([folder / f"{name}.png" for name in ids], "labels", "" if args.labels else ': run "make psa"')
     batch_norm = "trained" if args.from_scratch else "frozen" if args.freeze_bn else "published"
-    net = place(DeepLab(make_backbone(args), dataset.num_classes, batch_norm, args.dropout), args)
-    if args.recompute:
-        data.recompute(net.backbone.children())
-    stage.start()
-    optimizer = make_optimizer(args, net, NEW, momentum=0.9)
-    data.fit(stage, net, optimizer, images, lambda part, batch: segmentation_loss(net(part[0]), part[1], batch[1]),
-             steps=args.iterations, schedule=lambda done: (1 - done * args.iterations / (args.iterations + 1)) ** 0.9)
-    stage.finish()
+    net, network = start_network(
+        lambda backbone: DeepLab(backbone, dataset.num_classes, batch_norm, args.dropout), args)
+    run.start()
+
+    def loss_of(part, labels):
+        return segmentation_loss(net(part[0]), part[1], (labels != data.VOID).sum()), {}
+
+    engine.fit(run, net, make_optimizer(net, args, NEW, momentum=0.9), batches, loss_of, args.iterations, network,
+               schedule=lambda done: (1 - done * args.iterations / (args.iterations + 1)) ** 0.9)
+    engine.finish(run)
 
 
 # ---------------------------------------------------------------- predict
 
 @torch.inference_mode()
 def probabilities(net, photos, size):
-    """Mean of the logits over scales and mirror images, softmax. photos: list of (3, h, w)  ->  (S, H, W), size = (H, W)"""
+    """Mean of the logits over scales and mirror images, softmax.
+
+    photos: list of (3, h, w), size: (H, W)  ->  (S, H, W)
+    """
     total = 0
     for photo in photos:
         logits = net(torch.stack([photo, photo.flip(2)])).float()
@@ -142,35 +161,40 @@ def probabilities(net, photos, size):
 
 
 def _write_segmentation(scores, photo_path, path, crf, with_overlay):
+    """scores: probabilities (S, H, W), or without the CRF the mask (H, W)"""
     photo = np.array(data.read_image(photo_path))
-    if crf:
-        scores = crf_inference(photo, -np.log(scores.clip(MIN_PROBABILITY, 1)), **CRF_SCORES)
-    mask = scores.argmax(0).astype(np.uint8)
+    mask = dense_crf(photo, scores.clip(MIN_PROBABILITY, 1), **CRF_SCORES).argmax(0) if crf else scores
+    mask = mask.astype(np.uint8)
     data.write_mask(path, mask)
     if with_overlay:
         picture = v2.functional.to_pil_image(data.overlay(torch.from_numpy(photo).permute(2, 0, 1), mask, 0.6))
-        data.write(path.with_name(f"{path.stem}_overlay.png"), lambda file: picture.save(file, format="PNG"))
+        stage.write(path.with_name(f"{path.stem}_overlay.png"), lambda file: picture.save(file, format="PNG"))
+
+
+def load_segmenter(path, device):
+    """OUT/segmenter.pth -> the network"""
+    state, network = engine.read_trained(path)
+    net = DeepLab(make_backbone(**network), len(state["cls_conv.bias"]))
+    engine.load_weights(net, state, path)
+    return place(net, device).eval()
 
 
 def segment(args, photos, folder, with_overlay=False):
-    """Run OUT/segmenter.pth on photos (id: path) and write their masks, FOLDER/ID.png, each with an overlay if asked for."""
-    saved = data.read_weights(args.out / "segmenter.pth")
-    trained = argparse.Namespace(**{**saved["settings"], "from_scratch": True})
-    net = DeepLab(make_backbone(trained), len(saved["model"]["cls_conv.bias"]))
-    data.load_weights(net, saved["model"], args.out / "segmenter.pth")
-    net = place(net, args).eval()
-    tensor = data.to_tensor()
+    """Run OUT/segmenter.pth on photos (id: path) and write their masks, FOLDER/ID.png, with an overlay if asked for."""
+    net, tensor = load_segmenter(args.out / "segmenter.pth", args.device), data.to_tensor()
 
-    def item(id, photo):
-        return id, photo.size[::-1], [tensor(data.rescale(photo, s)) for s in args.scales]
+    def item(name, photo):
+        return name, photo.size[::-1], [tensor(data.rescale(photo, scale)) for scale in args.scales]
 
     def jobs():
-        for id, size, scaled in data.loader(data.Images(photos.get, list(photos), item), None, args):
-            with data.autocast(args):
-                scores = probabilities(net, [p.to(args.device) for p in scaled], size)
-            yield scores.cpu().numpy(), photos[id], folder / f"{id}.png", args.crf, with_overlay
+        images = data.Images(photos.get, list(photos), item)
+        for name, size, scaled in data.loader(images, args, batch_size=None):
+            with engine.autocast(args.device, args.amp):
+                scores = probabilities(net, [x.to(args.device) for x in scaled], size)
+            scores = scores if args.crf else scores.argmax(0)
+            yield scores.cpu().numpy(), photos[name], folder / f"{name}.png", args.crf, with_overlay
 
-    for _ in data.in_processes(_write_segmentation, jobs(), args.workers, len(photos), "segmentation", folder):
+    for _ in engine.in_processes(_write_segmentation, jobs(), args.workers, len(photos), "segmentation"):
         pass
 
 
@@ -179,30 +203,36 @@ def predict(args):
     if args.paths:
         return predict_paths(args)
     dataset = data.DataSet(args.data)
-    ids = args.ids or (dataset.ids(args.split) if args.split else dataset.ids("val", required=False) or dataset.ids("train_aug"))
-    stage = data.Stage(args, "segmentation", reads=("segmenter",), without=("split", "paths"))
-    paths = {id: args.out / "segmentation" / f"{id}.png" for id in ids[:args.first]}
-    todo = stage.todo(paths)
-    if stage.is_done(todo):
+    if args.ids:
+        ids = [data.photo_id(name, "--ids") for name in args.ids]
+    elif args.split:
+        ids = dataset.ids(args.split)
+    else:
+        ids = dataset.ids("val", required=False) or dataset.ids("train_aug")
+    ids = ids[:args.first]
+    data.require([dataset.image(name) for name in ids], "photos")
+    run = stage.Stage(args, "segmentation", reads=("segmenter",), data=dataset.digest, ignore=("seed",))
+    todo = run.todo(ids, ".png")
+    if run.is_done(todo):
         return
-    stage.start()
-    segment(args, {id: dataset.image(id) for id in todo}, args.out / "segmentation")
-    stage.finish()
+    todo = engine.share(run, todo)
+    segment(args, {name: dataset.image(name) for name in todo}, run.folder)
+    engine.finish(run)
 
 
 def predict_paths(args):
     """Segment any photos, from no data set -> OUT/predictions/ID.png and ID_overlay.png"""
     photos = {}
     for start in args.paths:
-        if not start.exists():
-            raise data.InputError(f"no photo and no folder {start}")
+        if not (start.is_dir() or start.is_file()):
+            raise InputError(f"no photo and no folder {start}")
         for path in data.find_photos(start) if start.is_dir() else [start]:
-            id = data.photo_id(path.relative_to(start).as_posix() if start.is_dir() else path.name)
-            if photos.setdefault(id, path) != path:
-                raise data.InputError(f"two photos would be written as {id}: {photos[id]} and {path}")
+            name = data.photo_id(path.relative_to(start).as_posix() if start.is_dir() else path.name, start)
+            if photos.setdefault(name, path) != path:
+                raise InputError(f"two photos would be written as {name}: {photos[name]} and {path}")
     if not photos:
-        raise data.InputError(f"no photos in {', '.join(map(str, args.paths))}: of {' '.join(data.PHOTOS)}")
-    data.read_record(args.out, "segmenter")
+        raise InputError(f"no photos in {', '.join(map(str, args.paths))}: of {' '.join(data.PHOTOS)}")
+    stage.read_record(args.out, "segmenter")
     segment(args, photos, args.out / "predictions", with_overlay=True)
     print(f"{len(photos)} photos -> {args.out / 'predictions'}")
 
@@ -210,43 +240,40 @@ def predict_paths(args):
 def submit(args):
     """Segment VOC's test list and pack the masks as its evaluation server wants them -> OUT/results.tar.gz"""
     dataset = data.DataSet(args.data)
-    ids, inside = dataset.ids(args.split), Path("results/VOC2012/Segmentation/comp6_test_cls")
-    stage = data.Stage(args, "submission", reads=("segmenter",))
-    todo, archive = stage.todo({id: args.out / inside / f"{id}.png" for id in ids}), args.out / "results.tar.gz"
-    stage.start()
-    if todo:
-        segment(args, {id: dataset.image(id) for id in todo}, args.out / inside)
+    ids = dataset.ids(args.split)
+    run = stage.Stage(args, "submission", reads=("segmenter",), data=dataset.digest, ignore=("seed",))
+    todo = run.todo(ids, ".png")
+    if not run.is_done(todo):
+        todo = engine.share(run, todo)
+        segment(args, {name: dataset.image(name) for name in todo}, run.folder)
+        engine.finish(run)
+    folder, archive = args.out / "submission", args.out / "results.tar.gz"
 
     def pack(file):
         with tarfile.open(fileobj=file, mode="w:gz") as tar:
-            for id in ids:
-                tar.add(args.out / inside / f"{id}.png", inside / f"{id}.png")
+            for name in ids:
+                tar.add(folder / f"{name}.png", SUBMISSION / f"{name}.png")
 
-    data.write(archive, pack)
-    with tarfile.open(archive) as tar:  # what the server will see
-        found = {member.name: Image.open(tar.extractfile(member)) for member in tar}
-        for id in ids:
-            name = f"{inside}/{id}.png"
-            if name not in found or found[name].mode != "P" or found[name].size != data.read_image(dataset.image(id)).size:
-                raise data.InputError(f"{archive} lacks a right {name}")
-    stage.finish()
-    print(f"{len(found)} masks -> {archive}")
+    stage.write(archive, pack)
+    print(f"{len(ids)} masks -> {archive}")
 
 
 def add_test_flags(parser):
-    parser.add_argument("--scales", type=float, nargs="+", default=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), help="of the photo")
+    parser.add_argument("--scales", type=above(0), nargs="+", default=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
+                        help="of the photo")
     parser.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True, help="refine by the dense CRF")
 
 
 def main():
-    commands = data.Commands(__doc__, PRESETS)
+    commands = engine.Commands(__doc__, PRESETS)
     parser = commands.add(train, "train DeepLab on the pseudo labels")
     add_network_flags(parser)
     parser.add_argument("--labels", type=Path, help="train on this folder of index PNGs instead of OUT/pseudo_labels")
-    parser.add_argument("--iterations", type=int, default=20000, help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=10, help="crops a step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of SGD; falls as (1 - i/(max+1))^0.9")
-    parser.add_argument("--scale-range", type=float, nargs=2, default=(0.5, 1.5), help="of the photo, in training")
+    parser.add_argument("--iterations", type=whole(0), default=20000, help="optimizer steps")
+    parser.add_argument("--batch-size", type=whole(1), default=10, help="crops a step")
+    parser.add_argument("--lr", type=above(0), default=1e-3, help="of SGD; falls as (1 - i/(max+1))^0.9")
+    parser.add_argument("--scale-range", type=above(0), nargs=2, action=stage.Range, default=(0.5, 1.5),
+                        help="of the photo, in training")
     parser.add_argument("--freeze-bn", action=argparse.BooleanOptionalAction, default=False,
                         help="keep the backbone's BatchNorm as it is, for small batches and short runs")
     parser = commands.add(submit, "masks of VOC's test list, packed for its server")
@@ -256,7 +283,7 @@ def main():
     parser.add_argument("paths", type=Path, nargs="*", help="photos or folders, instead of those of the data set")
     parser.add_argument("--split", help="list in ImageSets/Segmentation (default: val, or train_aug without it)")
     parser.add_argument("--ids", nargs="+", help="these photos instead of a list")
-    parser.add_argument("--first", type=int, help="only so many of them")
+    parser.add_argument("--first", type=whole(1), help="only so many of them")
     add_test_flags(parser)
     commands.run()
 

@@ -1,11 +1,13 @@
 """Plain forms against ours: that both give the same result, and how much less time, memory or disk ours takes.
 
-    python tests/benchmark.py                      every row but compiled and cards, a quarter of an hour on a CPU
+    python tests/benchmark.py                      every row but cards and bf16, a quarter of an hour on a CPU
     python tests/benchmark.py --only walk crf      these rows alone
     python tests/benchmark.py --quick              smaller sizes, for which no goal is set
+    python tests/benchmark.py --only bf16 --out out/toy   what mixed precision changes in the seeds of a run
 
 The plain form of a row is its equation as the published code (TransCAM's, PSA's) computes it. Both forms take turns
-in one process, and the median counts; peak memory is what a form adds in a fresh process. Exit status 1 where they disagree.
+in one process, and the median counts; peak memory is what a form adds in a fresh process. Exit status 1 where they
+disagree.
 """
 import argparse
 import copy
@@ -25,9 +27,16 @@ from conftest import largest_difference, plain_crf, run_process  # also puts the
 
 import bnr
 import conformer
+import crf as dense
 import data
+import engine
+import evaluate
 import psa
+import resnet38
+import seeds
 import segment
+import toy
+from stage import read_record
 
 LINE = "{:<11}{:<41}{:>12}{:>12}{:>9}{:>13} {:<8}{:>10}"
 FOREGROUND = 20  # classes of PASCAL VOC
@@ -81,9 +90,9 @@ def peak(which, forms, *sizes):
         before = torch.cuda.memory_allocated()
         form()
         return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    before = data.peak_memory()
+    before = engine.peak_memory()
     form()
-    return (data.peak_memory() - before) * 1e9 / 2 ** 20
+    return (engine.peak_memory() - before) * 1e9 / 2 ** 20
 
 
 def memory(*job):
@@ -115,7 +124,8 @@ def attention_forms(backward, side, device):
         return with_gradients(bnr.noisy_cam(attn, refined, len(qks), 1).mean((2, 3))) if backward else refined
 
     def ours():
-        return with_gradients(bnr.noisy_logits(qks, cam, 1)) if backward else bnr.attend(qks, cam)
+        refined = bnr.attend(qks, cam)
+        return with_gradients(bnr.noisy_logits(qks, refined, 1)) if backward else refined
     return plain, ours
 
 
@@ -124,7 +134,8 @@ def attention(args):
     sides = ((12, None), (24, None)) if args.quick else ((32, on_cpu(args, 1)), (48, on_cpu(args, 1.7)))
     for backward, what, tolerance in ((False, "M* forward", 1e-5), (True, "M** forward, backward", 1e-4)):
         for side, goal in sides:
-            race(args, "attention", f"{what}, N={side ** 2}", *attention_forms(backward, side, args.device), goal, tolerance)
+            forms = attention_forms(backward, side, args.device)
+            race(args, "attention", f"{what}, N={side ** 2}", *forms, goal, tolerance)
     job = attention_forms, False, sides[-1][0], args.device
     note(args, "attention", f"M* peak memory, N={sides[-1][0] ** 2}", memory(0, *job), memory(1, *job), "MiB", goal=10)
 
@@ -138,7 +149,7 @@ def pair_places(height, width, radius):
 
 
 def plain_walk(maps, affinities, radius, beta, doublings):
-    """A dense N x N transition matrix, its columns divided by their sums, squared again and again. (L, h, w) -> the same"""
+    """A dense N x N transition matrix, its columns divided by their sums, squared again and again. (L, h, w) -> same"""
     L, h, w = maps.shape
     start, ends = (x.to(maps.device) for x in pair_places(h, w, radius))
     i, j, own = start.expand(len(ends), -1).flatten(), ends.flatten(), torch.arange(h * w, device=maps.device)
@@ -155,9 +166,9 @@ def walk_forms(height, width, device):
     """The random walk of background and two classes, 2^7 steps. -> plain, ours"""
     torch.manual_seed(0)
     maps = torch.rand(3, height, width, device=device)
-    affinities = psa.affinity(0.1 * torch.randn(1, 8, height, width, device=device), psa.RADIUS)[0]
+    affinities = psa.affinities(0.1 * torch.randn(1, 8, height, width, device=device), psa.RADIUS)[0]
     job = maps, affinities, psa.RADIUS, 14
-    return (lambda: plain_walk(*job, 7)), (lambda: psa.random_walk(*job, 2 ** 7))
+    return (lambda: plain_walk(*job, 7)), (lambda: psa.sparse_walk(*job, 2 ** 7))
 
 
 def walk(args):
@@ -172,11 +183,16 @@ def walk(args):
 def crf(args):
     """Dense CRF from a label map with three of the S labels present."""
     height, width = (90, 130) if args.quick else (300, 451)
-    photo = np.array(data.toy_picture(np.random.RandomState(1))[0].resize((width, height)))
+    photo = np.array(toy.toy_picture(np.random.RandomState(1))[0].resize((width, height)))
     labels = draw_mask(np.random.RandomState(0), height, width, (0, 8, 15))
     for num_classes, goal, repeats in ((21, 1.7, args.repeats), (81, 4, min(2, args.repeats))):
-        race(args, "crf", f"{height}x{width}, 3 of {num_classes} labels", lambda: plain_crf(photo, labels, num_classes).argmax(0),
-             lambda: psa.crf_from_labels(photo, labels, num_classes, **psa.CRF_LABELS), goal, repeats=repeats)
+        def plain():
+            return plain_crf(photo, labels, num_classes).argmax(0)
+
+        def ours():
+            return dense.crf_from_labels(photo, labels, num_classes, **dense.CRF_LABELS)
+
+        race(args, "crf", f"{height}x{width}, 3 of {num_classes} labels", plain, ours, goal, repeats=repeats)
 
 
 def draw_mask(rng, height, width, values):
@@ -209,6 +225,12 @@ def plain_affinity_loss(features, labels, start, ends):
     return sum(weight * (chosen * loss).sum() / (chosen.sum() + 1e-5) for weight, chosen, loss in terms)
 
 
+def our_affinity_loss(features, labels):
+    """What psa.py's training computes. features: (B, C, h, w), labels: uint8 (B, h, w) -> scalar"""
+    kinds = psa.kinds_of(labels, psa.RADIUS)
+    return psa.affinity_loss(psa.affinities(features, psa.RADIUS), kinds, [kind.sum() for kind in kinds])
+
+
 def affinity(args):
     """AffinityNet's pair labels and loss, forward and backward to the features."""
     torch.manual_seed(0)
@@ -223,7 +245,7 @@ def affinity(args):
 
     def ours():
         on_device = torch.from_numpy(labels).to(args.device)
-        return with_gradient(psa.affinity_loss(psa.affinity(features, psa.RADIUS), on_device, psa.RADIUS))
+        return with_gradient(our_affinity_loss(features, on_device))
 
     race(args, "affinity", f"{batch}x448x{side}x{side}, with backward",
          lambda: with_gradient(plain_affinity_loss(features, labels, start, ends)), ours, on_cpu(args, 3), 1e-4)
@@ -233,11 +255,12 @@ def draw_seeds(folder, name, size):
     """M* of two classes and three scales, written as ours and as published: full size, float32. -> path, path"""
     rng, classes = np.random.RandomState(len(name)), np.array([3, 7])
     maps = [rng.rand(2, side, side).astype(np.float32) for side in SCALES]
-    full = sum(F.interpolate(torch.from_numpy(m)[None], size, mode="bilinear", align_corners=False)[0] for m in maps).numpy()
+    resized = [F.interpolate(torch.from_numpy(m)[None], size, mode="bilinear", align_corners=False)[0] for m in maps]
+    full = sum(resized).numpy()
     low, high = full.min((1, 2), keepdims=True), full.max((1, 2), keepdims=True)
     full[full < low + 1e-5] = 0
     full = ((full - low - 1e-5) / (high - low + 1e-5)).clip(0)
-    data.write_seeds(folder / f"{name}.npz", classes, size, refined=maps)
+    seeds.write_seeds(folder / f"{name}.npz", classes, size, refined=maps)
     np.save(folder / f"{name}.npy", dict(zip(classes.tolist(), full)))
     return folder / f"{name}.npz", folder / f"{name}.npy"
 
@@ -260,9 +283,10 @@ def files(args):
     """Bytes of a seed file, and what is read from it."""
     with tempfile.TemporaryDirectory() as folder:
         ours, plain = draw_seeds(Path(folder), "seed", (375, 500))
-        difference = largest_difference(data.read_seeds(ours)[1], read_plain_seeds(plain)[1])
+        difference = largest_difference(seeds.read_seeds(ours)[1], read_plain_seeds(plain)[1])
         sizes = [path.stat().st_size / 1000 for path in (plain, ours)]
-        note(args, "files", "375x500, 2 classes, 3 scales", *sizes, "KB", limit=60, difference=difference, tolerance=1e-5)
+        note(args, "files", "375x500, 2 classes, 3 scales", *sizes, "KB", limit=60, difference=difference,
+             tolerance=1e-5)
 
 
 def sweep(args):
@@ -270,17 +294,17 @@ def sweep(args):
     size, S = (375, 500), 1 + FOREGROUND
     with tempfile.TemporaryDirectory() as folder:
         names = [Path(folder) / f"{'x' * n}.png" for n in range(1, 2 if args.quick else 4)]
-        seeds = [draw_seeds(Path(folder), name.stem, size) for name in names]
+        files = [draw_seeds(Path(folder), name.stem, size) for name in names]
         for n, name in enumerate(names):
             data.write_mask(name, draw_mask(np.random.RandomState(n), *size, (0, 3, 7, data.VOID)))
 
         def plain():
-            return np.stack([sum(data.confusion(data.read_mask(name), plain_threshold(path, threshold, S), S)
-                                 for name, (_, path) in zip(names, seeds)) for threshold in data.THRESHOLDS])
+            return np.stack([sum(evaluate.confusion(data.read_mask(name), plain_threshold(path, threshold, S), S)
+                                 for name, (_, path) in zip(names, files)) for threshold in evaluate.THRESHOLDS])
 
         def ours():
-            return sum(data.confusion_over_thresholds(data.read_mask(name), *data.read_seeds(path), S)
-                       for name, (path, _) in zip(names, seeds))
+            return sum(evaluate.confusion_over_thresholds(data.read_mask(name), *seeds.read_seeds(path), S)
+                       for name, (path, _) in zip(names, files))
 
         # A value that rounds to the other side of a threshold moves a pixel, of half a million.
         race(args, "sweep", f"{len(names)} seeds, 60 thresholds", plain, ours, 30, 1e-4)
@@ -291,7 +315,8 @@ def plain_iou(mask, prediction, num_classes):
     seen, out = mask < data.VOID, np.full(num_classes, np.nan)
     hit = (mask == prediction) * seen
     for c in range(num_classes):
-        of_prediction, of_mask, of_both = ((prediction == c) * seen).sum(), ((mask == c) * seen).sum(), ((mask == c) * hit).sum()
+        of_prediction, of_mask = ((prediction == c) * seen).sum(), ((mask == c) * seen).sum()
+        of_both = ((mask == c) * hit).sum()
         if of_mask + of_prediction:
             out[c] = of_both / (of_mask + of_prediction - of_both)
     return out
@@ -302,7 +327,7 @@ def confusion(args):
     values = tuple(range(1 + FOREGROUND)) + (data.VOID,)
     mask, prediction = (draw_mask(np.random.RandomState(n), 375, 500, values[:len(values) - n]) for n in (0, 1))
     race(args, "confusion", "375x500, 21 classes", lambda: np.nan_to_num(plain_iou(mask, prediction, 21), nan=-1),
-         lambda: np.nan_to_num(data.iou(data.confusion(mask, prediction, 21)), nan=-1), 5, 1e-12)
+         lambda: np.nan_to_num(evaluate.iou(evaluate.confusion(mask, prediction, 21)), nan=-1), 5, 1e-12)
 
 
 class PlainAttention(conformer.Attention):
@@ -328,12 +353,13 @@ def conformers(device):
     return published, model.to(memory_format=torch.channels_last)
 
 
-def flags_for(device, amp=None):
-    return argparse.Namespace(plain=False, device=device, amp=device.type == "cuda" if amp is None else amp)
+def mixed(device, amp=None):
+    """Autocast as a run has it; amp None: on a GPU"""
+    return engine.autocast(device, device.type == "cuda" if amp is None else amp)
 
 
 def export_forms(batch, sides, device, amp=None):
-    """Seeds of photos from six passes each, maps of two classes; amp: ours in half precision (None: on a GPU). -> plain, ours"""
+    """Seeds of photos from six passes each; amp: ours in half precision (None: on a GPU). -> plain, ours"""
     published, model = (net.eval() for net in conformers(device))
     photos, own, size = [torch.randn(batch, 3, side, side, device=device) for side in sides], [2, 6], (375, 500)
 
@@ -345,14 +371,16 @@ def export_forms(batch, sides, device, amp=None):
             for photo in photos:
                 for mirrored in (False, True):
                     cam, _, attns = bnr.forward(published, photo[n:n + 1].flip(3) if mirrored else photo[n:n + 1])
-                    maps = F.interpolate(bnr.refined_cam(plain_attention(attns), cam), size, mode="bilinear", align_corners=False)
+                    maps = bnr.refined_cam(plain_attention(attns), cam)
+                    maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
                     total = total + (maps.flip(3) if mirrored else maps)[0].cpu()
-            out.append(data.normalise(total[own].clamp(min=0)))
+            out.append(seeds.normalise(total[own].clamp(min=0)))
         return torch.stack(out)
 
     def ours():
-        maps = bnr.export(model, photos, flags_for(device, amp))["refined"]
-        return torch.stack([data.combine_scales([scale[n, own] for scale in maps], size) for n in range(batch)])
+        on = device.type == "cuda" if amp is None else amp
+        maps = bnr.multi_scale(model, photos, None, ["refined"], device, on)["refined"]
+        return torch.stack([seeds.combine_scales([scale[n, own] for scale in maps], size) for n in range(batch)])
     return plain, ours
 
 
@@ -360,20 +388,20 @@ def export(args):
     """Seeds from six passes, Conformer-S; on a GPU ours in half precision, eight photos at a time."""
     cuda = args.device.type == "cuda"
     batch, sides = 8 if cuda else 1, [side * conformer.STRIDE // (2 if args.quick else 1) for side in SCALES]
-    race(args, "export", f"{batch} photos, six passes, {sides[0]} to {sides[-1]}", *export_forms(batch, sides, args.device), 8 if cuda else 2,
-         0.1 if cuda else 1e-3, repeats=min(2, args.repeats))
+    what = f"{batch} photos, six passes, {sides[0]} to {sides[-1]}"
+    race(args, "export", what, *export_forms(batch, sides, args.device), 8 if cuda else 2, 0.1 if cuda else 1e-3,
+         repeats=min(2, args.repeats))
     if not cuda:
-        race(args, "export", "the same, ours with --amp (bf16)", *export_forms(batch, sides, args.device, amp=True), None, 0.1, repeats=1)
+        forms = export_forms(batch, sides, args.device, amp=True)
+        race(args, "export", "the same, ours with --amp (bf16)", *forms, None, 0.1, repeats=1)
     for side in () if args.quick else (256, 512, 768, 1024):
         form = export_forms(batch, [side], args.device)[1]
         note(args, "export", f"{batch} photos at {side} and mirrored", None, 1000 * median_of(form, args.device), "ms")
 
 
-def train_forms(batch, side, again, device):
-    """Gradients of eq. 9, Conformer-S, of random images or those given; again: ours with --recompute. -> plain, ours"""
+def train_forms(batch, side, device):
+    """Gradients of eq. 9, Conformer-S, of random images or those given. -> plain, ours"""
     published, model = (net.train() for net in conformers(device))
-    if again:
-        data.recompute(model.stages())
     noise, labels = torch.randn(batch, 3, side, side, device=device), torch.eye(FOREGROUND, device=device)[[0] * batch]
 
     def step(net, loss, images):
@@ -381,48 +409,53 @@ def train_forms(batch, side, again, device):
         net.zero_grad()
         value = loss(net, images)
         value.backward()
-        return value.detach(), net.conv_cls_head.weight.grad  # those further back differ by 5 % between two memory formats of one form
+        # Gradients further back differ by 5 % between two memory formats of one form.
+        return value.detach(), net.conv_cls_head.weight.grad
 
     def plain_loss(net, images):
         cam, z, attns = bnr.forward(net, images)
         attn = plain_attention(attns)
-        noisy = bnr.noisy_cam(attn, bnr.refined_cam(attn, cam), len(attns), 1)
-        return bnr.bnr_loss(z, noisy.mean((2, 3)), labels)
+        noisy = bnr.noisy_cam(attn, bnr.refined_cam(attn, cam), len(attns), 1).mean((2, 3))
+        return bnr.bnr_loss(bnr.soft_margin_loss(z, labels), bnr.soft_margin_loss(noisy, labels))
 
     def our_loss(net, images):
-        with data.autocast(flags_for(device)):
-            return bnr.loss_of(net, images, labels, "bnr", "1")
+        with mixed(device):
+            return bnr.losses(net, images, labels, "bnr", 1)[0]
     return (lambda: step(published, plain_loss, noise)), (lambda images=noise: step(model, our_loss, images))
 
 
 def train(args):
-    """A training step of the classifier, and its memory; ours in smaller batches, with --recompute, and at other sizes."""
+    """A training step of the classifier, and its memory; ours in smaller batches and at other sizes."""
     cuda = args.device.type == "cuda"
     batch, side = (8, 512) if cuda else (1, 128 if args.quick else 512)
-    what = f"batch {batch} at {side}, with gradients"
-    job = batch, side, False, args.device
-    race(args, "train", what, *train_forms(*job), 2 if cuda else None, 0.1 if cuda else 1e-3, repeats=min(2, args.repeats))
-    note(args, "train", f"batch {batch}, peak memory", memory(0, train_forms, *job), memory(1, train_forms, *job), "MiB", goal=2 if cuda else None)
-    for part, again in ((4, False), (2, False), (1, False), (4, True), (1, True)):
-        if part <= batch and (part, again) != (batch, False):
-            used = memory(1, train_forms, part, side, again, args.device)
-            note(args, "train", f"micro-batch {part}{', recompute' * again}, peak memory", None, used, "MiB")
-    for part, side, again in ((batch, side, True), *(() if args.quick else ((batch, n, False) for n in (256, 768, 1024)))):
-        form = train_forms(part, side, again, args.device)[1]
-        note(args, "train", f"batch {part} at {side}{', recompute' * again}", None, 1000 * median_of(form, args.device), "ms")
+    job, goals = (batch, side, args.device), (2 if cuda else None)
+    forms = train_forms(*job)
+    race(args, "train", f"batch {batch} at {side}, with gradients", *forms, goals, 0.1 if cuda else 1e-3,
+         repeats=min(2, args.repeats))
+    used = [memory(which, train_forms, *job) for which in (0, 1)]
+    note(args, "train", f"batch {batch}, peak memory", *used, "MiB", goal=goals)
+    for part in (4, 2, 1):
+        if part < batch:
+            used = memory(1, train_forms, part, side, args.device)
+            note(args, "train", f"micro-batch {part}, peak memory", None, used, "MiB")
+    for other in () if args.quick else (256, 768, 1024):
+        form = train_forms(batch, other, args.device)[1]
+        note(args, "train", f"batch {batch} at {other}", None, 1000 * median_of(form, args.device), "ms")
 
 
 def loader(args):
-    """Training steps whose tensors are ready, and fed by the real loader; a photo's loading and augmentation in one process."""
+    """Training steps whose tensors are ready, and fed by the real loader; a photo's loading in one process."""
     cuda = args.device.type == "cuda"
     batch, side, count = (8, 512, 100) if cuda else (1, 128 if args.quick else 512, 4)
-    step = train_forms(batch, side, False, args.device)[1]
-    flags = argparse.Namespace(device=args.device, crop=side, long_side=(320, 640), workers=8)
+    step = train_forms(batch, side, args.device)[1]
+    flags = argparse.Namespace(device=args.device, workers=8, seed=0, batch_size=batch)
     with tempfile.TemporaryDirectory() as folder:
         for n in range(8):
-            data.toy_picture(np.random.RandomState(n))[0].resize((500, 375)).save(f"{folder}/{n}.jpg", quality=95)
-        prepare = bnr.augment(flags)
-        images = data.Images(lambda id: f"{folder}/{id}.jpg", [n % 8 for n in range(batch * count)], lambda id, image: prepare(image))
+            picture = toy.toy_picture(np.random.RandomState(n))[0].resize((500, 375))
+            picture.save(f"{folder}/{n}.jpg", quality=95)
+        prepare = bnr.augment(side, (320, 640))
+        images = data.Images(lambda name: f"{folder}/{name}.jpg", [n % 8 for n in range(batch * count)],
+                             lambda name, photo: prepare(photo))
         alone = statistics.median(seconds(lambda: images[n % len(images)], torch.device("cpu"))[0] for n in range(24))
 
         def ready():
@@ -430,7 +463,7 @@ def loader(args):
                 step()
 
         def loaded():
-            for photos in data.loader(images, batch, flags, True):
+            for photos in data.Batches(images, flags).load(0, count):
                 step(photos.to(args.device, non_blocking=True))
 
         ready()
@@ -439,35 +472,38 @@ def loader(args):
     note(args, "loader", "one photo, one process", None, 1000 * alone, "ms")
 
 
-def compiled(args):
-    """torch.compile: a pass of the classifier, and a training step without the drop path, whose random numbers it changes."""
-    batch, side = 8 if args.device.type == "cuda" else 1, 128 if args.quick else 512
-    for what in ("pass", "step"):
-        nets = conformers(args.device)[1], conformers(args.device)[1]
-        nets[1].forward = torch.compile(nets[1].forward)
-        images, labels = torch.randn(batch, 3, side, side, device=args.device), torch.eye(FOREGROUND, device=args.device)[[0] * batch]
-        for module in (m for net in nets for m in net.modules() if isinstance(m, conformer.DropPath)):
-            module.p = 0
-
-        def form(net):
-            with torch.set_grad_enabled(what == "step"), data.autocast(flags_for(args.device)):
-                if what == "pass":
-                    return bnr.forward(net.eval(), images)[0]
-                loss = bnr.loss_of(net.train(), images, labels, "bnr", "1")
-            loss.backward()
-            return loss.detach()
-
-        race(args, "compiled", f"{what}, batch {batch} at {side}: eager, compiled", *(lambda net=net: form(net) for net in nets),
-             tolerance=0.1 if args.device.type == "cuda" else 1e-4)
+def bf16(args):
+    """What mixed precision changes in the seeds of the run in --out: values scaled to [0, 1], and their best mIoU."""
+    record = read_record(args.out, "classifier")
+    dataset = data.DataSet(record["data"])
+    model, network = bnr.load_classifier(args.out / "classifier.pth", dataset.num_classes, args.device)
+    scales = read_record(args.out, "cams")["settings"]["scales"]
+    ids = dataset.ids("train")[:8 if args.quick else None]
+    largest, means, counts = 0, [], {False: 0, True: 0}
+    for name, labels in zip(ids, dataset.labels(ids)):
+        photo, own = data.read_image(dataset.image(name)), labels.nonzero()[:, 0]
+        sides = [round(network["crop"] * scale / conformer.STRIDE) * conformer.STRIDE for scale in scales]
+        photos, found = [bnr.square(side)(photo)[None].to(args.device) for side in sides], {}
+        for amp in (False, True):
+            maps = bnr.multi_scale(model, photos, labels[None], ["refined"], args.device, amp)["refined"]
+            found[amp] = seeds.combine_scales([scale[0, own] for scale in maps], photo.size[::-1]).numpy()
+            if dataset.mask(name).is_file():
+                counts[amp] += evaluate.confusion_over_thresholds(
+                    data.read_mask(dataset.mask(name)), own.numpy() + 1, found[amp], dataset.num_classes)
+        gap = np.abs(found[True] - found[False])
+        largest, means = max(largest, gap.max()), [*means, gap.mean()]
+    scores = [evaluate.best_threshold(counts[amp])["miou"] for amp in (False, True)]
+    note(args, "bf16", f"{len(ids)} seeds, mIoU: float32, bf16", *scores, "%", difference=largest, tolerance=1)
+    print(f"largest difference {largest:.4f}, mean {np.mean(means):.5f}")
 
 
 def cards(args):
-    """Peak memory of the three trainings at their published sizes, in half precision: two steps of the real commands on toy pictures."""
+    """Peak memory of the trainings at their published sizes, mixed precision: two steps of the real commands."""
     with tempfile.TemporaryDirectory() as folder:
         root, out, weights = Path(folder, "toy"), Path(folder, "out"), Path(folder, "resnet38.pth")
-        torch.save(psa.ResNet38().state_dict(), weights)  # with --from-scratch more layers would train
+        torch.save(resnet38.ResNet38().state_dict(), weights)  # with --from-scratch more layers would train
         at = "--data", root, "--out", out, "--device", args.device
-        run_process("data.py", "toy", "--root", root, "--train", 20, "--val", 0)
+        run_process("prepare.py", "toy", "--root", root, "--train", 20, "--val", 0)
         for script, *rest in (("bnr.py", "train", "--epochs", 0), ("bnr.py", "cams"), ("psa.py", "labels")):
             run_process(script, *rest, *at, "--preset", "toy")
         train_aug = root / "ImageSets" / "Segmentation" / "train_aug.txt"
@@ -475,16 +511,16 @@ def cards(args):
         at = *at, "--preset", "voc", "--amp", *(("--crop", 64) if args.quick else ())
         resnet = "--resnet38", weights
         for name, batch, script, *rest in (
-                ("classifier", 8, "bnr.py", "--from-scratch", "--epochs", 1), ("affinitynet", 8, "psa.py", *resnet, "--epochs", 1),
+                ("classifier", 8, "bnr.py", "--from-scratch", "--epochs", 1),
+                ("affinitynet", 8, "psa.py", *resnet, "--epochs", 1),
                 ("segmenter", 10, "segment.py", *resnet, "--iterations", 2, "--labels", root / "SegmentationClass")):
-            for part, again in ((batch, False), (batch, True), (4, False), (4, True), (2, False), (2, True), (1, False), (1, True)):
+            for part in (batch, 4, 2, 1):
                 train_aug.write_text("\n".join(ids[:2 * part]))
                 record = out / f"{name}.json"
-                record.unlink(missing_ok=True)  # or it is done already
                 # As with --micro-batch, which keeps the whole batch's photos besides (3 MB each) and takes longer.
-                run_process(script, "train", *at, *rest, "--batch-size", part, *(["--recompute"] if again else []))
+                run_process(script, "train", *at, *rest, "--batch-size", part, "--fresh")
                 used = json.loads(record.read_text())["peak_gb"]
-                note(args, "cards", f"{name}, {part} photos at a time{', recompute' * again}", None, used, "GB")
+                note(args, "cards", f"{name}, {part} photos at a time", None, used, "GB")
 
 
 def optimizer(args):
@@ -495,8 +531,13 @@ def optimizer(args):
         for p in net.parameters():
             p.grad = 1e-3 * torch.ones_like(p)
         steps.append(torch.optim.AdamW(net.parameters(), 5e-5, weight_decay=5e-4, fused=fused).step)
-    forms = (lambda: (steps[0](), published.conv1.weight.detach())[1]), (lambda: (steps[1](), model.conv1.weight.detach())[1])
-    race(args, "optimizer", "AdamW step, 37 M parameters", *forms, None, 1e-5)
+
+    def form(net, step):
+        step()
+        return net.conv1.weight.detach()
+
+    race(args, "optimizer", "AdamW step, 37 M parameters", lambda: form(published, steps[0]),
+         lambda: form(model, steps[1]), None, 1e-5)
 
 
 def median_of(form, device, repeats=2):
@@ -505,40 +546,41 @@ def median_of(form, device, repeats=2):
 
 
 def stage_forms(args, batch):
-    """Each stage's network at the published sizes, made when it is asked for. -> stage: (function that makes the form, its photos)"""
-    flags, small = flags_for(args.device), 4 if args.quick else 1
+    """Each stage's network at the published sizes. -> stage: (function that makes the form, its photos)"""
+    small = 4 if args.quick else 1
     crop, width = 448 // (7 if args.quick else 1), 64 // (16 if args.quick else 1)
     photo = torch.randn(3, 47 * 8 // small, 63 * 8 // small, device=args.device)
 
     def training(make, count, loss):
-        net, photos = psa.place(make(), flags), torch.randn(count, 3, crop, crop, device=args.device)
+        net, photos = resnet38.place(make(), args.device), torch.randn(count, 3, crop, crop, device=args.device)
 
         def step():
-            with data.autocast(flags):
+            with mixed(args.device):
                 value = loss(net(photos))
             value.backward()
         return step
 
     def inference(make, run):
-        net = psa.place(make(), flags).eval()
+        net = resnet38.place(make(), args.device).eval()
 
         def call():
-            with data.autocast(flags):
+            with mixed(args.device):
                 run(net)
         return call
 
     def affinity_net():
-        return psa.AffinityNet(psa.ResNet38(width))
+        return psa.AffinityNet(resnet38.ResNet38(width))
 
     def deeplab():
-        return segment.DeepLab(psa.ResNet38(width), 1 + FOREGROUND)
+        return segment.DeepLab(resnet38.ResNet38(width), 1 + FOREGROUND)
 
     def affinity_loss(features):
         labels = torch.randint(0, 3, (len(features), *features.shape[2:]), device=args.device)
-        return psa.affinity_loss(psa.affinity(features, psa.RADIUS), labels, psa.RADIUS)
+        return our_affinity_loss(features, labels)
 
     def segmentation_loss(logits):
-        return segment.segmentation_loss(logits, torch.zeros(len(logits), crop, crop, dtype=torch.long, device=args.device))
+        labels = torch.zeros(len(logits), crop, crop, dtype=torch.long, device=args.device)
+        return segment.segmentation_loss(logits, labels, labels.numel())
 
     def walk(net):
         psa.walk_scores(net, photo, torch.rand(2, *photo.shape[1:], device=args.device), 0.42, 14, 128)
@@ -549,7 +591,7 @@ def stage_forms(args, batch):
 
     more = 10 if batch > 1 else 1
     return {
-        "train": (lambda: train_forms(batch, 512 // (8 if args.quick else 1), False, args.device)[1], batch),
+        "train": (lambda: train_forms(batch, 512 // (8 if args.quick else 1), args.device)[1], batch),
         "cams": (lambda: export_forms(batch, [16 * s // small for s in SCALES], args.device)[1], batch),
         "affinity": (lambda: training(affinity_net, batch, affinity_loss), batch),
         "walk": (lambda: inference(affinity_net, walk), 1),
@@ -569,17 +611,22 @@ def stages(args):
         used = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
         note(args, "stages", f"{name}, {photos} at a time{used}, a photo", None, 1000 * each[name], "ms")
     for name, images, epochs, val in (("VOC", 10582, 22, 1449), ("COCO", 82081, 10, 40137)):
-        counts = {"train": epochs * images, "cams": images, "affinity": 8 * images, "walk": images, "segmenter": 200_000, "predict": val}
+        counts = {"train": epochs * images, "cams": images, "affinity": 8 * images, "walk": images,
+                  "segmenter": 200_000, "predict": val}
         note(args, "stages", f"{name}, all of them", None, sum(each[k] * n for k, n in counts.items()) / 3600, "h")
 
 
 def main():
-    rows = {f.__name__: f for f in (attention, walk, crf, affinity, sweep, files, confusion, export, optimizer, train, loader, stages, compiled, cards)}
+    functions = (attention, walk, crf, affinity, sweep, files, confusion, export, optimizer, train, loader, stages,
+                 cards, bf16)
+    rows = {function.__name__: function for function in functions}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=rows, default=list(rows)[:-2], help="rows to run (default: all but compiled and cards)")
+    parser.add_argument("--only", nargs="+", choices=rows, default=list(rows)[:-2],
+                        help="rows to run (default: all but cards and bf16)")
+    parser.add_argument("--out", type=Path, default=Path("out/toy"), help="run of which `bf16` takes the classifier")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each form, less where it takes many seconds")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, no goals")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="of all rows but crf, sweep, files and confusion")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="of the rows of networks")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
     print(LINE.format("row", "what", "plain", "ours", "ratio", "goal", "", "difference"))

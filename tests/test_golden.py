@@ -12,16 +12,22 @@ from PIL import Image
 
 import bnr
 import data
+import engine
 import psa
+import resnet38
+import seeds
 import segment
 from conformer import Conformer, DropPath
+from crf import CRF_LABELS, crf_from_labels
+from stage import InputError
 
 
 @pytest.fixture(scope="module")
 def small():
     """Conformer-S with the rebuilt weights; row 0 of the published heads, an unused background class, dropped."""
     model = Conformer("small", 20).eval()
-    model.load_state_dict({k: v[1:] if k.startswith(bnr.HEADS) else v for k, v in rebuilt("conformer_small").items()})
+    state = rebuilt("conformer_small").items()
+    model.load_state_dict({name: value[1:] if name.startswith(bnr.HEADS) else value for name, value in state})
     return model
 
 
@@ -29,11 +35,6 @@ def small():
 def test_conformer_has_the_published_names_and_shapes(arch):
     shapes = {k: list(v.shape) for k, v in Conformer(arch, 21).state_dict().items()}
     assert shapes == json.loads((GOLDEN / f"conformer_{arch}_keys.json").read_text())
-
-
-def pretrained(path, arch, partial=False):
-    args = argparse.Namespace(pretrained=path, from_scratch=False, arch=arch, partial=partial, sharpness=60.0, device=torch.device("cpu"))
-    return bnr.build(args, 20)
 
 
 @pytest.fixture(scope="module")
@@ -48,29 +49,23 @@ def imagenet():
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state, "epoch": 3}])
 def test_an_imagenet_file_loads_but_for_its_heads_which_are_named(imagenet, tmp_path, capsys, wrap):
     torch.save(wrap(imagenet), tmp_path / "Conformer_tiny_patch16.pth")
-    model = pretrained(tmp_path / "Conformer_tiny_patch16.pth", "tiny")
-    own = model.state_dict()
+    own = bnr.start_classifier("tiny", 20, tmp_path / "Conformer_tiny_patch16.pth").state_dict()
     assert all(torch.equal(own[k], v) for k, v in imagenet.items() if not k.startswith(bnr.HEADS))
     assert "fresh: trans_cls_head (2), conv_cls_head (2)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage, arch, says", [
-    ("patch 32", "tiny", r"trans_patch_conv.weight \(file \(384, 64, 8, 8\), network \(384, 64, 4, 4\)\): Conformer_tiny_patch16.pth fits"),
-    ("other arch", "base", r"does not fit: .*cls_token \(file \(1, 1, 384\), network \(1, 1, 576\)\): Conformer_base_patch16.pth fits"),
-    ("truncated", "tiny", "is no weight file that loads safely: .*Conformer_tiny_patch16.pth fits"),
-    ("foreign", "tiny", "is no weight file that loads safely: .*Conformer_tiny_patch16.pth fits"),
-    ("list", "tiny", "holds a list, not named tensors: Conformer_tiny_patch16.pth fits"),
-    ("lacking", "tiny", "Conformer_tiny_patch16.pth fits; --partial takes a file that lacks tensors"),
-    ("no tensors", "tiny", "does not fit: .*Conformer_tiny_patch16.pth fits")])
-def test_a_wrong_file_is_named_with_the_one_that_fits(imagenet, tmp_path, damage, arch, says):
-    path = tmp_path / "w.pth"
-    torch.save({"patch 32": {**imagenet, "trans_patch_conv.weight": torch.zeros(384, 64, 8, 8)}, "list": [1, 2],
-                "lacking": {k: v for k, v in imagenet.items() if "trans_block" not in k},
-                "no tensors": {"epoch": 3, "args": {"lr": 1.0}}, "foreign": {"model": argparse.ArgumentParser}}.get(damage, imagenet), path)
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(data.InputError, match=says) as raised:
-        pretrained(path, arch)
+@pytest.mark.parametrize("damage, says", [
+    ("patch 32", r"trans_patch_conv.weight \(file \(384, 64, 8, 8\), network \(384, 64, 4, 4\)\): FILE fits"),
+    ("foreign", "w.pth is damaged, or holds more than tensors, and is not read: FILE fits"),
+    ("list", "w.pth holds a list, not named tensors: FILE fits"),
+    ("lacking", "w.pth does not fit: .*: FILE fits; --partial takes a file that lacks tensors")])
+def test_a_wrong_file_is_named_with_the_one_that_fits(imagenet, tmp_path, damage, says):
+    damaged = {"patch 32": {**imagenet, "trans_patch_conv.weight": torch.zeros(384, 64, 8, 8)}, "list": [1, 2],
+               "lacking": {name: value for name, value in imagenet.items() if "trans_block" not in name},
+               "foreign": {"model": argparse.ArgumentParser}}
+    torch.save(damaged[damage], tmp_path / "w.pth")
+    with pytest.raises(InputError, match=says.replace("FILE", "Conformer_tiny_patch16.pth")) as raised:
+        bnr.start_classifier("tiny", 20, tmp_path / "w.pth")
     assert "\n" not in str(raised.value)
 
 
@@ -91,7 +86,8 @@ def test_conformer_has_the_published_constants():
 
 
 @pytest.mark.parametrize("case, n, side", [(0, 1, 224), (1, 2, 256)])
-def test_maps_losses_and_gradients_equal_the_published(small, case, n, side):
+@torch.no_grad()
+def test_maps_and_losses_equal_the_published(small, case, n, side):
     golden = np.load(GOLDEN / "conformer_small.npz")
     labels = torch.zeros(n, 20)
     labels[:, 2] = labels[-1, 14] = 1
@@ -99,17 +95,19 @@ def test_maps_losses_and_gradients_equal_the_published(small, case, n, side):
     cam, z, qks = bnr.forward(small, images)
     refined = bnr.attend(qks, cam)
     conv = golden[f"{case}_conv_logits"][:, 1:]
-    assert largest_difference(cam.mean((2, 3)).detach(), conv) < 1e-4
-    assert largest_difference(z.detach(), conv + golden[f"{case}_trans_logits"][:, 1:]) < 1e-4
-    assert largest_difference(cam.detach(), golden[f"{case}_cam"][:, 1:]) < 1e-4
-    assert largest_difference(refined.detach(), golden[f"{case}_refined"][:, 1:]) < 1e-4
+    assert largest_difference(cam.mean((2, 3)), conv) < 1e-4
+    assert largest_difference(z, conv + golden[f"{case}_trans_logits"][:, 1:]) < 1e-4
+    assert largest_difference(cam, golden[f"{case}_cam"][:, 1:]) < 1e-4
+    assert largest_difference(refined, golden[f"{case}_refined"][:, 1:]) < 1e-4
     noisy = bnr.attend(qks, refined) / len(qks)
-    losses = [bnr.soft_margin_loss(x, labels).item() for x in (z, *(m.mean((2, 3)) for m in (refined, noisy, 2 * noisy)))]
+    logits = [z, *(maps.mean((2, 3)) for maps in (refined, noisy, 2 * noisy))]
+    losses = [bnr.soft_margin_loss(x, labels).item() for x in logits]
     assert losses == pytest.approx(golden[f"{case}_losses"].tolist(), rel=1e-4)
-    expected = {("transcam", 1): losses[0], ("bnr", None): losses[0] + losses[1], ("bnr", 1): losses[0] + losses[2],
-                ("bnr", 2): losses[0] + losses[3]}
-    for (loss, noise), value in expected.items():
-        assert bnr.loss_of(small, images, labels, loss, noise).item() == pytest.approx(value, rel=1e-6)
+    expected = {("transcam", 1): 0, ("bnr", None): losses[1], ("bnr", 1): losses[2], ("bnr", 2): losses[3]}
+    for (loss, noise), noisy_loss in expected.items():
+        found, terms = bnr.losses(small, images, labels, loss, noise)
+        assert found.item() == pytest.approx(losses[0] + noisy_loss, rel=1e-6)
+        assert sum(terms.values()).item() == pytest.approx(found.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("case, n, side", [(0, 1, 224), (1, 2, 256)])
@@ -118,7 +116,7 @@ def test_gradients_with_a_constant_noise_equal_the_authors(small, case, n, side)
     labels = torch.zeros(n, 20)
     labels[:, 2] = labels[-1, 14] = 1
     small.zero_grad()
-    loss = bnr.loss_of(small, drawn_image(case, n, side, side), labels, "bnr", 1)
+    loss, _ = bnr.losses(small, drawn_image(case, n, side, side), labels, "bnr", 1)
     loss.backward()
     assert loss.item() == pytest.approx(golden[f"{case}_loss"].item(), rel=1e-4)
     for name, norm, first in zip(*(golden[f"{case}_grad_{what}"] for what in ("names", "norms", "first"))):
@@ -136,44 +134,50 @@ def test_exported_seeds_equal_the_published(tmp_path):
     (tmp_path / "labels.txt").write_text(" ".join(["x"] + [data.VOC_CLASSES[k] for k in golden["0_keys"]]))
     torch.save(rebuilt("conformer_small"), tmp_path / "transcam.pth")  # with the background row of the published heads
     assert golden["sizes"].tolist() == [128, 256, 384]
-    run("bnr.py", "cams", "--data", tmp_path, "--out", tmp_path / "out", "--device", "cpu", "--weights", tmp_path / "transcam.pth", "--crop", 256)
-    classes, seeds = data.read_seeds(tmp_path / "out/cams/x.npz")
+    flags = ("--data", tmp_path, "--out", tmp_path / "out", "--device", "cpu", "--crop", 256)
+    run("bnr.py", "cams", *flags, "--weights", tmp_path / "transcam.pth")
+    classes, cams = seeds.read_seeds(tmp_path / "out/cams/x.npz")
     assert classes.tolist() == (golden["0_keys"] + 1).tolist()
-    assert np.abs(seeds - golden["0_cam"]).max() < 1e-3
+    assert np.abs(cams - golden["0_cam"]).max() < 1e-3
 
 
 @pytest.fixture(scope="module")
-def seeds():
+def published():
     golden = np.load(GOLDEN / "psa.npz")
     return golden, golden["0_image"], golden["0_keys"] + 1, golden["0_cam"]
 
 
 @pytest.mark.parametrize("threshold", [60, 25])
-def test_label_map_and_its_crf_equal_the_published(seeds, threshold):
-    golden, photo, classes, cams = seeds
-    label = data.hard_threshold(classes, cams, threshold / 100)
+def test_label_map_and_its_crf_equal_the_published(published, threshold):
+    golden, photo, classes, cams = published
+    label = seeds.hard_threshold(classes, cams, threshold / 100)
     assert (label == golden[f"0_label{threshold}"]).all()
-    refined = psa.crf_from_labels(photo, label, 21, **psa.CRF_LABELS)
+    refined = crf_from_labels(photo, label, 21, **CRF_LABELS)
     assert (refined == golden[f"0_crf{threshold}"]).mean() >= 0.9999
 
 
-def test_random_walk_equals_the_published(seeds):
-    golden, photo, classes, cams = seeds
-    net = psa.AffinityNet(psa.ResNet38()).eval()
-    net.load_state_dict({k if k.startswith("f") else f"backbone.{k}": 1.3 * v if k.startswith("f") else v
-                         for k, v in rebuilt("affinity").items()})
+def test_random_walk_equals_the_published(published):
+    golden, photo, classes, cams = published
+    net = psa.AffinityNet(resnet38.ResNet38()).eval()
+    state = {}
+    for name, value in rebuilt("affinity").items():
+        if name.startswith("f"):
+            state[name] = 1.3 * value
+        else:
+            state[f"backbone.{name}"] = value
+    net.load_state_dict(state)
     tensor = data.to_tensor()(Image.fromarray(photo))
     scores = psa.walk_scores(net, tensor, torch.from_numpy(cams), background_score=0.42, beta=14, steps=2 ** 7)
     assert largest_difference(scores, golden["0_walk_low"]) < 1e-3
     height, width = photo.shape[:2]
-    full = F.interpolate(scores[None], (152, 208), mode="bilinear", align_corners=False)[0, :, :height, :width].numpy()
+    full = F.interpolate(scores[None], (152, 208), mode="bilinear", align_corners=False)[0, :, :height, :width]
     assert largest_difference(full, golden["0_walk"]) < 1e-3
-    assert (np.append(0, classes)[full.argmax(0)] == golden["0_walk_label"]).mean() >= 0.999
+    assert (np.append(0, classes)[full.argmax(0).numpy()] == golden["0_walk_label"]).mean() >= 0.999
     assert (psa.pseudo_label(scores, classes, photo, 21) == golden["0_walk_crf"]).mean() >= 0.995
 
 
 def test_deeplab_logits_equal_the_published():
-    net = segment.DeepLab(psa.ResNet38(), 21).eval()
+    net = segment.DeepLab(resnet38.ResNet38(), 21).eval()
     net.load_state_dict(rebuilt("deeplab"))
     with torch.no_grad():
         logits = F.interpolate(net(drawn_image(0, 1, 97, 129)), (97, 129), mode="bilinear", align_corners=True)
@@ -183,10 +187,11 @@ def test_deeplab_logits_equal_the_published():
 @pytest.mark.parametrize("form", ["", "_v1", "_legacy"])
 def test_mxnet_file_gives_the_published_tensors(form):
     expected = json.loads((GOLDEN / "resnet38_div64.json").read_text())
-    found = psa.read_resnet38(GOLDEN / f"resnet38_div64{form}.params")
+    found = resnet38.read_resnet38(GOLDEN / f"resnet38_div64{form}.params")
     assert found.keys() == expected.keys()
     for name, (shape, total, absolute) in expected.items():
         assert list(found[name].shape) == shape
-        assert [found[name].double().sum().item(), found[name].double().abs().sum().item()] == pytest.approx([total, absolute], abs=1e-4)
-    net = psa.ResNet38(1)
-    data.load_weights(net, found, "golden")
+        values = found[name].double()
+        assert [values.sum().item(), values.abs().sum().item()] == pytest.approx([total, absolute], abs=1e-4)
+    net = resnet38.ResNet38(1)
+    engine.load_weights(net, found, "golden")

@@ -1,0 +1,282 @@
+"""ResNet-38 (Wu et al. 2019), the backbone of AffinityNet and of the segmenter, and torchvision's ResNets as stand-ins.
+
+The networks, their weight files (MXNet's .params, PSA's or SEAM's .pth, torchvision's), and PSA's optimizer.
+"""
+import argparse
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+from engine import load_weights, read_weights
+from stage import InputError, digest, real, whole
+
+RESNET38 = "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"  # its ImageNet weights
+MXNET_NAMES = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_var": "running_var"}
+NARROW = {  # defaults of presets that train from scratch in little time
+    "from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3}
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions, pre-activated."""
+
+    def __init__(self, inputs, middle, outputs, stride=1, first_dilation=1, dilation=1):
+        super().__init__()
+        self.project = inputs != outputs or stride > 1
+        self.bn_branch2a = nn.BatchNorm2d(inputs)
+        self.conv_branch2a = nn.Conv2d(inputs, middle, 3, stride, first_dilation, first_dilation, bias=False)
+        self.bn_branch2b1 = nn.BatchNorm2d(middle)
+        self.conv_branch2b1 = nn.Conv2d(middle, outputs, 3, 1, dilation, dilation, bias=False)
+        if self.project:
+            self.conv_branch1 = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x):
+        """-> the block's output, and its activated input"""
+        active = F.relu(self.bn_branch2a(x))
+        shortcut = self.conv_branch1(active) if self.project else x
+        return shortcut + self.conv_branch2b1(F.relu(self.bn_branch2b1(self.conv_branch2a(active)))), active
+
+
+class ResBlockBottleneck(nn.Module):
+    """1x1, 3x3 dilated, 1x1, pre-activated, dropout of whole channels before the second and third."""
+
+    def __init__(self, inputs, outputs, dilation, dropout):
+        super().__init__()
+        self.bn_branch2a = nn.BatchNorm2d(inputs)
+        self.conv_branch2a = nn.Conv2d(inputs, outputs // 4, 1, bias=False)
+        self.bn_branch2b1 = nn.BatchNorm2d(outputs // 4)
+        self.dropout_2b1 = nn.Dropout2d(dropout)
+        self.conv_branch2b1 = nn.Conv2d(outputs // 4, outputs // 2, 3, 1, dilation, dilation, bias=False)
+        self.bn_branch2b2 = nn.BatchNorm2d(outputs // 2)
+        self.dropout_2b2 = nn.Dropout2d(dropout)
+        self.conv_branch2b2 = nn.Conv2d(outputs // 2, outputs, 1, bias=False)
+        self.conv_branch1 = nn.Conv2d(inputs, outputs, 1, bias=False)
+
+    def forward(self, x):
+        active = F.relu(self.bn_branch2a(x))
+        inner = self.dropout_2b1(F.relu(self.bn_branch2b1(self.conv_branch2a(active))))
+        inner = self.dropout_2b2(F.relu(self.bn_branch2b2(self.conv_branch2b1(inner))))
+        return self.conv_branch1(active) + self.conv_branch2b2(inner), active
+
+
+class ResNet38(nn.Module):
+    """ResNet-38 of stride 8. (B, 3, H, W) -> conv4, conv5, conv6 of 512, 1024, 4096 channels times width/64."""
+
+    FROZEN = ("conv1a", "b2", "b2_1", "b2_2")
+
+    def __init__(self, width=64, dropout=1.0):
+        super().__init__()
+        c = [width * n for n in (1, 2, 4, 8, 16, 32, 64)]
+        self.channels = c[3], c[4], c[6]
+        self.conv1a = nn.Conv2d(3, c[0], 3, 1, 1, bias=False)
+        inputs = c[0]
+        for name, outputs, count in (("b2", c[1], 3), ("b3", c[2], 3), ("b4", c[3], 6)):
+            for n in range(count):
+                block = ResBlock(inputs, outputs, outputs, stride=2 if n == 0 else 1)
+                self.add_module(name if n == 0 else f"{name}_{n}", block)
+                inputs = outputs
+        self.b5 = ResBlock(c[3], c[3], c[4], first_dilation=1, dilation=2)
+        self.b5_1 = ResBlock(c[4], c[3], c[4], first_dilation=2, dilation=2)
+        self.b5_2 = ResBlock(c[4], c[3], c[4], first_dilation=2, dilation=2)
+        self.b6 = ResBlockBottleneck(c[4], c[5], dilation=4, dropout=0.3 * dropout)
+        self.b7 = ResBlockBottleneck(c[5], c[6], dilation=4, dropout=0.5 * dropout)
+        self.bn7 = nn.BatchNorm2d(c[6])
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x, active = self.conv1a(x), {}
+        for name, block in self.named_children():
+            if name.startswith("b") and name != "bn7":
+                x, active[name] = block(x)
+        return active["b5"], active["b6"], F.relu(self.bn7(x))
+
+
+class ResNetStages(nn.Module):
+    """torchvision's resnet50 or resnet101, dilated to stride 8; its layer2, 3, 4 stand in for conv4, conv5, conv6."""
+
+    FROZEN = ("conv1", "bn1", "layer1")
+
+    def __init__(self, name):
+        super().__init__()
+        full = getattr(torchvision.models, name)(weights=None, replace_stride_with_dilation=[False, True, True])
+        for part, module in full.named_children():
+            if part not in ("avgpool", "fc"):
+                self.add_module(part, module)
+        self.channels = 512, 1024, 2048
+
+    def forward(self, x):
+        x = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        conv4 = self.layer2(x)
+        conv5 = self.layer3(conv4)
+        return conv4, conv5, self.layer4(conv5)
+
+
+def make_backbone(backbone, width=64, dropout=1.0):
+    """The network of this name, without weights."""
+    return ResNet38(width, dropout) if backbone == "resnet38" else ResNetStages(backbone)
+
+
+def load_backbone(backbone, name, path):
+    """Load ImageNet weights of the network of this name: `path`, or those of torchvision where it is None."""
+    if name == "resnet38":
+        hint = f": {RESNET38}, or PSA's or SEAM's .pth, fits"
+        if not path:
+            raise InputError(
+                f"no weights: RESNET38=FILE (--resnet38) takes {RESNET38}, the ResNet-38 of "
+                "github.com/itijyou/ademxapp, or PSA's .pth of it; --backbone resnet50 uses torchvision's; "
+                "FROM_SCRATCH=1 (--from-scratch) starts without")
+        state = read_resnet38(path, hint)
+    else:
+        hint = f": torchvision's {name} on ImageNet fits"
+        path = path or fetch(name)
+        state = read_weights(path, hint)
+        state = state.get("model", state)
+    if isinstance(state, dict):
+        state = {key: value for key, value in state.items() if not str(key).startswith("fc.")}
+    load_weights(backbone, state, path, hint=hint)
+
+
+def fetch(name):
+    """torchvision's ImageNet weights of a backbone -> the file in torch's cache, downloaded where it is not there"""
+    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, path, hash_prefix=path.stem.rsplit("-", 1)[1])
+        except (OSError, RuntimeError) as error:  # no network, or not the file that its name promises
+            raise InputError(f"cannot fetch {url} ({error}): give a file, --backbone-weights") from None
+    return path
+
+
+def read_resnet38(path, hint=""):
+    """ResNet-38's weights, from the MXNet file or a .pth of PSA or SEAM, less their heads. -> name: tensor"""
+    if path.suffix != ".params":
+        known = ResNet38(1).state_dict()
+        return {k: v for k, v in read_weights(path, hint).items() if k in known}
+    out = {}
+    for name, array in read_mxnet(path, hint).items():
+        known = re.fullmatch(r"(?:arg|aux):(.+?)_(weight|bias|gamma|beta|moving_mean|moving_var)", name)
+        layer, what = known.groups() if known else (name, "unknown")  # then loading names it
+        if layer == "linear1000":
+            continue
+        what = MXNET_NAMES.get(what, what)
+        inner = re.fullmatch(r"(res|bn)(\d)([a-z]?)(\d*)_(branch.+)", layer)
+        if inner:  # res4b2_branch2a -> b4_2.conv_branch2a
+            part, level, letter, number, branch = inner.groups()
+            index = int(number) if number else (ord(letter) - ord("a") if letter else 0)
+            layer = f"b{level}{f'_{index}' if index else ''}.{'conv' if part == 'res' else 'bn'}_{branch}"
+        out[f"{layer}.{what}"] = torch.from_numpy(array)
+    return out
+
+
+def read_mxnet(path, hint=""):
+    """Arrays of an MXNet .params file in any of its three on-disk forms, numpy only. -> name: float32 array"""
+    if not path.is_file():
+        raise InputError(f"no weight file {path}{hint}")
+    print(f"{path}: sha256 {digest(path)}...")
+    raw, at = path.read_bytes(), 0
+
+    def take(kind, *shape):
+        nonlocal at
+        size = math.prod(shape) * np.dtype(kind).itemsize
+        if min(shape, default=0) < 0 or at + size > len(raw):
+            raise ValueError(f"at byte {at} it lacks {kind} of shape {shape}")
+        out = np.frombuffer(raw[at:at + size], kind).reshape(shape)
+        at += size
+        return out
+
+    def array():
+        magic = take("<u4")
+        if magic == 0xF993FAC9 and take("<i4") != 0:
+            raise ValueError("it holds a sparse array")
+        new = magic in (0xF993FAC8, 0xF993FAC9)
+        rank = int(take("<u4") if new else magic)
+        if not 1 <= rank <= 8:
+            raise ValueError(f"an array of rank {rank}")
+        shape = take("<i8" if new else "<u4", rank).tolist()
+        *_, kind = take("<i4", 3).tolist()  # after the device's type and id
+        if kind not in (0, 1, 2):
+            raise ValueError(f"an array of type {kind}")
+        return take(("<f4", "<f8", "<f2")[kind], *shape).astype(np.float32)
+
+    try:
+        if take("<u8", 2).tolist() != [0x112, 0]:
+            raise ValueError("no MXNet list")
+        arrays = [array() for _ in range(take("<u8"))]
+        names = [take("u1", int(take("<u8"))).tobytes().decode("latin1") for _ in range(take("<u8"))]
+        if len(names) != len(arrays):
+            raise ValueError(f"{len(arrays)} arrays, {len(names)} names")
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read as MXNet weights: {error}{hint}") from None
+    return dict(zip(names, arrays))
+
+
+# ---------------------------------------------------------------- training
+
+def freeze_batch_norm(model, statistics=True):
+    """Stop the training of every BatchNorm's scale and shift, and of its running statistics."""
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            module.requires_grad_(False)
+            if statistics:
+                module.eval()
+
+
+def place(model, device):
+    """On the device; channels_last on cuda only: on the CPU torch 2.15's kernels crash on some narrow ResNet-38s."""
+    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    return model.to(device, memory_format=layout)
+
+
+def start_network(make, args):
+    """`make(backbone)` with the backbone and weights that the flags ask for. -> network, what rebuilds its backbone"""
+    network = {"backbone": args.backbone, "width": args.width}
+    backbone = make_backbone(**network, dropout=args.dropout)
+    if not args.from_scratch:
+        load_backbone(backbone, args.backbone, args.resnet38 if args.backbone == "resnet38" else args.backbone_weights)
+    return place(make(backbone), args.device), network
+
+
+def make_optimizer(model, args, new, momentum):
+    """SGD with PSA's groups, or AdamW for short trainings, where SGD learns next to nothing from scratch (ours)."""
+    if args.optimizer == "adamw" and args.from_scratch:
+        return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    groups = parameter_groups(model, new, args.lr, args.weight_decay)
+    return torch.optim.AdamW(groups) if args.optimizer == "adamw" else torch.optim.SGD(groups, args.lr, momentum)
+
+
+def parameter_groups(model, new, lr, weight_decay):
+    """PSA's groups: lr x1 pretrained weights, x2 their biases, x10 new weights, x20 new biases; no decay on biases."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = (10 if name.startswith(new) else 1) * (2 if name.endswith("bias") else 1)
+            groups.setdefault((factor, name.endswith("bias")), []).append(parameter)
+    return [{"params": parameters, "lr": lr * factor, "weight_decay": 0 if bias else weight_decay}
+            for (factor, bias), parameters in groups.items()]
+
+
+def add_network_flags(parser):
+    """Flags of the two trainings that start from ResNet-38 or a stand-in."""
+    parser.add_argument("--backbone", choices=("resnet38", "resnet50", "resnet101"), default="resnet38",
+                        help="resnet38 is the published one")
+    parser.add_argument("--width", type=whole(1), default=64, help="channels of ResNet-38's stem; 64 is published")
+    parser.add_argument("--resnet38", type=Path, help="its ImageNet weights: MXNet's .params, or PSA's .pth")
+    parser.add_argument("--backbone-weights", type=Path, help="file for resnet50 or resnet101 (default: torchvision's)")
+    parser.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False,
+                        help="start without weights")
+    parser.add_argument("--dropout", type=real(0, 1), default=1.0, help="factor on the published dropout rates")
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
+                        help="adamw is ours, for short trainings")
+    parser.add_argument("--crop", type=whole(16), default=448, help="side of the square crops, pixels")
+    parser.add_argument("--weight-decay", type=real(0), default=5e-4, help="on weights, not on biases")
+    parser.add_argument("--micro-batch", type=whole(0), default=0,
+                        help="images at a time through the network, 0: the batch at once")

@@ -1,0 +1,206 @@
+"""Pictures of the toy set: animals with one body, told apart by head and tail, before five scenes.
+
+`python prepare.py toy` draws them. The same pixels for the same generator.
+"""
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+TOY_CLASSES = ("cat", "rabbit", "cow", "bear", "lion")
+FURS = (  # colours of the body, whatever the class
+    (200, 150, 110), (228, 214, 190), (168, 170, 178), (150, 112, 92), (118, 116, 132), (206, 170, 160))
+COATS = {  # of head and tail
+    "cat": (238, 130, 40), "rabbit": (250, 244, 240), "cow": (60, 48, 52), "bear": (126, 70, 36),
+    "lion": (246, 200, 84)}
+WHITE, INK, PINK, GOLD, RUST = (255, 252, 245), (44, 34, 38), (246, 142, 160), (250, 200, 60), (176, 62, 30)
+COAT = None  # stands for the colour of the class
+# What tells a class: marks behind the head, then those on the face, each with its mirror image. The head's centre is
+# (0, 0), its radius 20. Four numbers are an oval (centre, radii), a list of points is a polygon.
+MANE = [((20 * np.sin(a), -20 * np.cos(a), 7, 7), (GOLD, RUST)[n % 2]) for n, a in enumerate(np.linspace(0, np.pi, 9))]
+MARKS = {
+    "cat": (
+        [([(-20, -4), (-19, -33), (-2, -16)], COAT), ([(-17, -9), (-16.5, -27), (-6, -16)], PINK)],
+        [((8, -3, 6, 6.5), (70, 190, 80)), ((8, -3, 2, 6), INK), ([(-4, 6), (4, 6), (0, 11)], PINK)]),
+    "rabbit": (
+        [((9, -31, 7, 20), COAT), ((9, -30, 4, 16), PINK)],
+        [((7, 8, 8.5, 7.5), WHITE), ([(-3, 11), (3, 11), (3, 19), (-3, 19)], WHITE), ((8, -5, 3.5, 4.5), INK),
+         ((9, -6.5, 1.3, 1.3), WHITE), ((0, 3, 4, 3), PINK)]),
+    "cow": (
+        [((22, -5, 8, 5), COAT), ([(6, -16), (17, -21), (19, -34), (27, -24), (24, -13), (14, -8)], WHITE)],
+        [((0, 9, 17, 10), PINK), ((6, 9, 2.5, 3.5), (168, 70, 92)),
+         ((8, -7, 4.5, 4.5), WHITE), ((8, -6.5, 2.7, 3), INK)]),
+    "bear": (
+        [((15, -15, 9, 9), COAT), ((15, -15, 5.5, 5.5), INK)],
+        [((9, -4, 7, 8), INK), ((8.5, -4, 3, 3), WHITE), ((0, 9, 10, 8), (250, 232, 196)), ((0, 5, 4.5, 3.2), INK)]),
+    "lion": (
+        MANE,
+        [((8, -5, 3.5, 4.5), INK), ((9, -6.5, 1.3, 1.3), WHITE),
+         ((5, 9, 6, 5), GOLD), ([(-5, 3), (5, 3), (0, 9)], RUST)])}
+# In the order of the classes at home there: colours of the far half (top, bottom) and of the ground (far, near), then
+# the things there, the far ones first: count, whether in the far half, shape, half width, half height, colours.
+SCENES = {
+    "room": ((120, 128, 178), (140, 146, 190), (124, 72, 92), (92, 52, 72), []),
+    "meadow": ((140, 200, 240), (206, 232, 240), (150, 204, 92), (74, 146, 66), [
+        (600, False, "blade", 0, 16, ((62, 134, 58), (62, 134, 58), (172, 218, 104))),
+        (26, False, "flower", 8, 7, ((255, 252, 245), (240, 90, 90), (250, 214, 70), (190, 120, 220)))]),
+    "river": ((150, 204, 120), (100, 172, 100), (104, 190, 218), (36, 106, 168), [
+        (24, True, "oval", 30, 16, ((60, 136, 84), (80, 156, 88), (50, 120, 80))),
+        (90, False, "wave", 18, 7, ((176, 226, 240),)),
+        (8, False, "oval", 18, 7, ((66, 160, 100), (86, 176, 104)))]),
+    "forest": ((28, 66, 62), (58, 110, 82), (84, 128, 66), (44, 84, 54), [
+        (14, True, "trunk", 12, 0, ((72, 54, 60), (92, 70, 70))),
+        (30, True, "oval", 30, 20, ((40, 92, 68), (52, 108, 70))),
+        (200, False, "blade", 0, 16, ((116, 164, 78),)),
+        (9, False, "flower", 11, 8, ((214, 62, 54),))]),
+    "dunes": ((116, 196, 216), (196, 230, 224), (246, 216, 134), (226, 172, 84), [
+        (8, False, "wave", 240, 40, ((204, 150, 74),)),
+        (70, False, "oval", 6, 4, ((168, 136, 112), (150, 160, 90), (220, 204, 180)))])}
+
+
+def oval(draw, x, y, rx, ry, fill):
+    """Fill the ellipse with this centre and these radii (in pixels)."""
+    draw.ellipse([int(round(v)) for v in (x - rx, y - ry, x + rx, y + ry)], fill=fill)
+
+
+def paint_fur(rng, size):
+    """A square of fur, a base colour with patches, stripes or speckles of a second one, and the base colour."""
+    first, second = rng.permutation(len(FURS))[:2]
+    base = FURS[first]
+    blend = tuple((a + 2 * b) // 3 for a, b in zip(base, FURS[second]))
+    fur, pattern = Image.new("RGB", (size, size), base), rng.choice(["patches", "stripes", "speckles"])
+    draw = ImageDraw.Draw(fur)
+    if pattern == "stripes":
+        for x in range(0, size, 30):
+            line = [(x + int(rng.randint(-6, 7)), y) for y in range(0, size + 1, 40)]
+            draw.line(line, blend, int(rng.randint(7, 13)))
+    else:
+        count, low, high = (16, 20, 42) if pattern == "patches" else (170, 4, 8)
+        for _ in range(count):
+            oval(draw, *rng.randint(0, size, 2), *rng.randint(low, high, 2), blend)
+    return fur, base
+
+
+def paste_part(layer, skin, box, light=1.0, corner=None):
+    """Paste what the skin shows in a round-cornered box (an oval without `corner`), lit from above, with a dark rim."""
+    x0, y0, x1, y1 = box
+    shade = light * np.linspace(1.12, 0.78, y1 - y0)[:, None, None]
+    part = Image.fromarray(np.minimum(np.asarray(skin.crop(box)) * shade, 255).astype(np.uint8))
+    mask, edge = Image.new("L", part.size), (0, 0, x1 - x0 - 1, y1 - y0 - 1)
+    for image, fill, rim in ((mask, 255, 255), (part, None, (84, 62, 58))):
+        draw = ImageDraw.Draw(image)
+        if corner:
+            draw.rounded_rectangle(edge, corner, fill, rim, 3)
+        else:
+            draw.ellipse(edge, fill, rim, 3)
+    layer.paste(part, (x0, y0), mask)
+
+
+def draw_marks(draw, marks, coat):
+    """Marks of a class, and their mirror images, around the head's centre."""
+    for shape, fill in marks:
+        for unit in (-3.3, 3.3):  # pixels; the sign makes the mirror image
+            if isinstance(shape, list):
+                draw.polygon([(int(112 + unit * x), int(180 + 3.3 * y)) for x, y in shape], fill or coat)
+            else:
+                x, y, rx, ry = shape
+                oval(draw, 112 + unit * x, 180 + 3.3 * y, 3.3 * rx, 3.3 * ry, fill or coat)
+
+
+def draw_animal(rng, name, extent):
+    """An RGBA layer, cropped to the animal, whose longer side is `extent` pixels."""
+    fur, colour = paint_fur(rng, 390)
+    coat, layer = Image.new("RGB", fur.size, COATS[name]), Image.new("RGBA", fur.size, (*colour, 0))
+    draw = ImageDraw.Draw(layer)
+    behind, on_face = MARKS[name]
+    draw.line([(272, 240), (306, 214), (320, 188)], COATS[name], 24, joint="curve")  # the tail
+    paste_part(layer, coat, (284, 150, 348, 214))
+    for x, foot, light in ((148, 342, 0.8), (222, 342, 0.8), (116, 352, 1.0), (244, 352, 1.0)):  # the near legs last
+        paste_part(layer, fur, (x, 256, x + 42, foot), light, 18)
+    paste_part(layer, fur, (98, 190, 294, 320))
+    draw_marks(draw, behind, COATS[name])
+    paste_part(layer, coat, (46, 114, 178, 246), 1.04)
+    draw_marks(draw, on_face, COATS[name])
+    layer = layer.transpose(Image.FLIP_LEFT_RIGHT) if rng.rand() < 0.5 else layer
+    layer = layer.rotate(float(rng.uniform(-9, 9)), Image.BILINEAR)
+    layer = layer.crop(layer.getchannel("A").getbbox())
+    return layer.resize([round(side * extent / max(layer.size)) for side in layer.size], Image.LANCZOS)
+
+
+def draw_scene(rng, name, width, height):
+    """A background, and the row of its horizon, where two gradients of colour meet under the things of the scene."""
+    *colours, things = SCENES[name]
+    width, height = 2 * width, 2 * height  # drawn at twice the size
+    top, bottom, ground, end = np.array(colours, float)
+    horizon = int(height * rng.uniform(0.3, 0.5))
+    rows = np.concatenate([np.linspace(top, bottom, horizon), np.linspace(ground, end, height - horizon)])
+    image = Image.fromarray(np.repeat(rows[:, None], width, axis=1).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    if name == "room":  # a wall of bricks above planks
+        for y in range(-4, horizon - 4, 28):
+            for x in range(-60 + 30 * (y // 28 % 2), width, 60):
+                tone = (top + rng.randint(-14, 15)).astype(int)
+                draw.rectangle([x + 2, y + 2, x + 57, min(y + 25, horizon)], tuple(tone.tolist()))
+        for y in range(horizon, height, 30):
+            x = int(rng.randint(0, width))
+            draw.line([(0, y), (x, y), (x, y + 30), (x, y), (width, y)], (64, 36, 52), 4)
+    for count, far, shape, w, h, fills in things:
+        low, high = (0, horizon) if far else (horizon, height)
+        ys = sorted(rng.randint(low, high, count).tolist())  # the farthest first
+        xs, ks = rng.randint(0, width, count).tolist(), rng.randint(0, 12, count).tolist()
+        for x, y, k in zip(xs, ys, ks):
+            box, fill = [x - w, y - h, x + w, y + h], fills[k % len(fills)]
+            if shape == "blade":
+                draw.line([x, y, x + k - 6, y - h - k + 6], fill, 3)
+            elif shape == "wave":
+                draw.arc(box, 200, 340, fill, 4)
+            elif shape == "trunk":
+                draw.rectangle([x - w, 0, x + w, horizon + 3 * k], fill)
+            else:
+                draw.ellipse(box, fill)
+            if shape == "flower":
+                oval(draw, x, y, 3, 3, GOLD)
+    return image.reduce(2), horizon // 2
+
+
+def place_animals(rng, shapes, horizon, width, height):
+    """Try until nobody hides more than a little of anybody, after each 50 trials with one animal fewer.
+
+    shapes: bool (h, w) of each  ->  boxes (x0, y0, x1, y1), indices from far to near, 1 + the index seen: uint8 (H, W)
+    """
+    for attempt in range(150):
+        boxes = []
+        for shape in shapes[:max(1, len(shapes) - attempt // 50)]:
+            h, w = shape.shape
+            x, y = int(rng.randint(0, width - w + 1)), int(rng.randint(max(0, horizon + 8 - h), height - h + 1))
+            boxes.append((x, y, x + w, y + h))
+        order = sorted(range(len(boxes)), key=lambda n: boxes[n][3])
+        owner = np.zeros((height, width), np.uint8)
+        for n in order:
+            x0, y0, x1, y1 = boxes[n]
+            owner[y0:y1, x0:x1][shapes[n]] = n + 1
+        if all((owner == n + 1).sum() >= 0.85 * shapes[n].sum() for n in order):
+            break
+    return boxes, order, owner
+
+
+def toy_picture(rng):
+    """A picture (RGB) and its mask, uint8 (H, W): 0 background, 1..5 the class, 255 a void border around each."""
+    width, height = rng.randint(160, 257, 2).tolist()
+    labels = rng.randint(1, 6, rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2])).tolist()
+    home = labels[0] - 1 if rng.rand() < 0.3 else rng.randint(5)  # with chance hits, at home in 44 %
+    picture, horizon = draw_scene(rng, list(SCENES)[home], width, height)
+    largest = (0.9, 0.8, 0.65)[len(labels) - 1] * min(width, height)
+    extents = [int(np.clip(largest * rng.uniform(0.7, 1), 80, 160)) for _ in labels]
+    layers = [draw_animal(rng, TOY_CLASSES[label - 1], extent) for label, extent in zip(labels, extents)]
+    shapes = [np.asarray(layer.getchannel("A")) > 127 for layer in layers]
+    boxes, order, owner = place_animals(rng, shapes, horizon, width, height)
+    for n in order:
+        x0, y0, x1, y1 = boxes[n]
+        shadow = Image.new("L", picture.size)
+        oval(ImageDraw.Draw(shadow), (x0 + x1) / 2, y1 - 4, (x1 - x0) * 0.44, (y1 - y0) * 0.06, 70)
+        picture.paste((24, 24, 40), None, shadow)
+        picture.paste(layers[n], (x0, y0), layers[n])
+    pixels = np.asarray(picture) * rng.uniform(0.92, 1.06, 3) + rng.normal(0, 2, (height, width, 3))
+    mask, seen = np.array([0] + labels, np.uint8)[owner], Image.fromarray(owner)
+    highest, lowest = seen.filter(ImageFilter.MaxFilter(3)), seen.filter(ImageFilter.MinFilter(3))
+    mask[np.asarray(highest) != np.asarray(lowest)] = 255
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), mask
