@@ -28,8 +28,8 @@ PRESETS = {  # defaults that differ from the published VOC setting, which is tha
     "coco": {"epochs": 10, "batch_size": 16},
     "toy": {"arch": "nano", "from_scratch": True, "sharpness": 160.0, "epochs": 36, "batch_size": 16, "lr": 1e-3,
             "crop": 96, "long_side": (96, 144), "scales": (1.0, 1.5, 2.0), "plain": True},
-    "small": {"epochs": 1, "batch_size": 16, "lr": 2e-4, "crop": 128, "long_side": (112, 192), "scales": (1.0,),
-              "plain": True},
+    "small": {"epochs": 1, "batch_size": 16, "lr": 2e-4, "head_lr": 5.0, "transformer_lr": 0.1, "crop": 160,
+              "long_side": (160, 256), "scales": (1.0,), "plain": True},
 }
 HEADS = ("conv_cls_head", "trans_cls_head")
 TRANSFORMER = ("trans_1.", "trans_patch_conv.", "trans_norm.", "cls_token", ".trans_block.", ".squeeze_block.")
