@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import bnr
-from conformer import Conformer, init_attention
+from conformer import ConvBlock, Conformer, init_attention, init_identity
 
 
 def random_qks(blocks=3, images=2, heads=2, tokens=10, width=8):
@@ -101,3 +101,14 @@ def test_sharp_start_makes_a_token_attend_to_its_like():
     assert attn[0, [0, 2, 4]].sum() > 0.99 and attn[1, [1, 3]].sum() > 0.99
     own = (q * k).sum(-1).mean().item() / 32 ** 0.5
     assert own == pytest.approx(60, rel=0.2)
+
+
+@torch.no_grad()
+def test_a_fresh_bottleneck_beside_given_convolutions_passes_its_input_on():
+    blocks, x = torch.nn.ModuleDict({"plain": ConvBlock(8, 8), "given": ConvBlock(8, 8)}).eval(), torch.rand(1, 8, 4, 4)
+    blocks["wide"] = ConvBlock(8, 16, project=True).eval()
+    given = blocks["given"](x)[0]
+    init_identity(blocks, ["plain.bn3.weight", "wide.bn3.weight", "wide.residual_conv.weight"])
+    torch.testing.assert_close(blocks["plain"](x)[0], x)
+    torch.testing.assert_close(blocks["wide"](x)[0][:, :8], x)
+    torch.testing.assert_close(blocks["given"](x)[0], given)
