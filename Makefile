@@ -27,7 +27,7 @@ help:
 	@echo "make test                      the tests, on the CPU"
 	@echo "  train     classifier                      -> OUT/classifier.pth"
 	@echo "  cams      seeds                           -> OUT/cams/"
-	@echo "  psa       affinity labels, net, walk, CRF -> OUT/pseudo_labels/"
+	@echo "  psa       affinity labels, net, walk, CRF -> OUT/affinity_labels/, affinitynet.pth, pseudo_labels/"
 	@echo "  seg       segmenter and its masks of val  -> OUT/segmentation/"
 	@echo "  eval      one table of all stages         -> OUT/results.json"
 	@echo "  show      one picture of all stages       -> OUT/show.png, of IDS or the first four"
@@ -40,7 +40,8 @@ help:
 	@echo "DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) SEED=$(SEED) SEEDS='$(SEEDS)' PYTHON=$(PYTHON)"
 	@echo "CONFORMER=FILE RESNET38=FILE: ImageNet weights; FROM_SCRATCH=1 PARTIAL=1 BACKBONE=resnet50 DEVICE=cpu GPUS=2"
 	@echo "FRESH=1: make anew what is there with other settings"
-	@echo "TRAIN_FLAGS CAMS_FLAGS LABELS_FLAGS AFFINITY_FLAGS WALK_FLAGS SEG_FLAGS PREDICT_FLAGS: more flags of a script"
+	@echo "More flags: TRAIN_FLAGS CAMS_FLAGS (bnr.py train, cams) LABELS_FLAGS AFFINITY_FLAGS WALK_FLAGS (psa.py labels,"
+	@echo "train, walk) SEG_FLAGS PREDICT_FLAGS (segment.py train, predict)"
 
 # pydensecrf2 is compiled with the newest Cython: the one that its isolated build pins fails on Python 3.13.
 .venv/ready: requirements.txt

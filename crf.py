@@ -12,7 +12,7 @@ CRF_SCORES = {"gauss": (3, 3), "bilateral": (32, 13, 10), "steps": 1}  # of the 
 def dense_crf(photo, probabilities, gauss=(3, 3), bilateral=(50, 5, 10), steps=10):
     """Mean-field inference of the dense CRF, Potts compatibility. Returns Q, the refined probabilities.
 
-    photo: uint8 (H, W, 3), probabilities: float32 (S, H, W), above 0  ->  float32 (S, H, W)
+    arrays: photo uint8 (H, W, 3), probabilities float32 (S, H, W), above 0 (the log is taken)  ->  float32 (S, H, W)
     gauss: sxy (pixels), compat; bilateral: sxy, srgb (of 255), compat
     """
     from pydensecrf.densecrf import DenseCRF2D

@@ -61,7 +61,8 @@ class Commands:
         parser.add_argument("--data", type=Path, help="data set (default: that of the run in --out, else data/toy)")
         parser.add_argument("--out", type=Path, help="folder of all results (default: out/NAME OF DATA)")
         parser.add_argument("--preset", choices=self.presets,
-                            help="table of defaults (default: of the run in --out, or toy for data/toy, else voc)")
+                            help="table of defaults, over those shown here, which are voc's "
+                                 "(default: of the run in --out, or toy for data/toy, else voc)")
         parser.add_argument("--device", help="cuda or cpu (default: cuda where it works)")
         parser.add_argument("--seed", type=whole(0, 2 ** 32 - 1), default=0, help="of all random numbers")
         parser.add_argument("--workers", type=whole(0), default=min(8, os.cpu_count() or 1),

@@ -118,6 +118,8 @@ def read_any_seeds(folder, name, class_names, kind):
         raise InputError(f"cannot read {folder / name}: {error}") from None
     if maps.ndim != 3 or not np.isfinite(maps).all():
         raise InputError(f"{folder / name} has class maps that are not (H, W), or not finite")
+    if maps.min(initial=0) < 0 or maps.max(initial=0) > 1:
+        raise InputError(f"{folder / name} has class maps with values outside [0, 1]")
     return np.array(have, np.int64) + 1, maps
 
 
