@@ -17,7 +17,7 @@ COMMON  := --data $(DATA) --out $(OUT) --preset $(PRESET) --seed $(SEED) $(if $(
 SCRATCH := $(if $(FROM_SCRATCH),--from-scratch)
 WEIGHTS := $(SCRATCH) $(if $(CONFORMER),--pretrained $(CONFORMER)) $(if $(PARTIAL),--partial)
 BACK    := $(SCRATCH) $(if $(RESNET38),--resnet38 $(RESNET38)) $(if $(BACKBONE),--backbone $(BACKBONE))
-PICK    := $(if $(IDS),--ids $(IDS))
+PICK    := $(if $(IDS),--ids $(IDS)) --first $(if $(IDS),$(words $(IDS)),4)
 
 .NOTPARALLEL:
 .PHONY: help train cams psa seg eval show figures tables report results check coco test bench clean
@@ -72,7 +72,7 @@ eval: $(ENV) $(TOY)
 	$(PYTHON) evaluate.py $(COMMON)
 
 show: $(ENV) $(TOY)
-	$(PYTHON) segment.py predict $(COMMON) $(PREDICT_FLAGS) --split train $(PICK) --first $(if $(IDS),$(words $(IDS)),4)
+	$(PYTHON) segment.py predict $(COMMON) $(PREDICT_FLAGS) --split train $(PICK)
 	$(PYTHON) report.py show $(COMMON) $(PICK)
 
 figures: $(ENV) $(TOY)
