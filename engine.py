@@ -226,7 +226,7 @@ def in_processes(work, jobs, workers, total, what):
 
 
 def _pooled(work, jobs, workers):
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (os.getpid(),)) as pool:
         waiting = collections.deque()
         for job in jobs:
             waiting.append(pool.submit(work, *job))
@@ -234,6 +234,12 @@ def _pooled(work, jobs, workers):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _start_worker(parent):
+    torch.set_num_threads(1)
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before `stage` looked who it was
 
 
 # ---------------------------------------------------------------- training

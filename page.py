@@ -235,12 +235,12 @@ def write_page(dataset, out, tables, curves, threshold, count, side, workers):
         found, matrices = gather(dataset, split, out, threshold, count, side, workers)
         if found["photos"]:
             splits[split], totals[split] = found, matrices
-    results = stage.read_json(out / "results.json") if (out / "results.json").is_file() else {"rows": [], "classes": []}
+    results = stage.read_results(out) or {"rows": [], "classes": []}
     numbers, own = result_tables(results) if results["rows"] else ([], [])
     records = {}
     for name in stage.STAGES:
         paths = [out / f"{name}{ending}" for ending in (".part.json", ".json")]  # a stage that is at work comes first
-        records.update({name: stage.read_json(path) for path in [path for path in paths if path.is_file()][:1]})
+        records.update({name: record for record in list(filter(None, map(stage.read_record_file, paths)))[:1]})
     own_curves = {row["stage"]: row["curve"] for row in results["rows"] if "curve" in row}
     classes = ["background", *dataset.classes]
     errors = confusions(totals, classes)

@@ -46,7 +46,7 @@ def how_to_run(args, row):
 
 def seed_threshold(out, given):
     """The flag's, else the best of the run's scored seeds."""
-    rows = stage.read_json(out / "results.json")["rows"] if (out / "results.json").is_file() else []
+    rows = (stage.read_results(out) or {"rows": []})["rows"]
     best = [row["best"] for row in rows if row["stage"] == "refined seeds" and "best" in row]
     if given is not None:
         return given

@@ -70,9 +70,8 @@ def read_runs(out, seeds):
     runs = {row: {} for row in ROWS}
     for row in ROWS:
         for seed in seeds if row != "untrained" else [0]:
-            path = out / "rows" / f"{row}-seed{seed}" / "results.json"
-            if path.is_file():
-                runs[row][seed] = stage.read_json(path)
+            if found := stage.read_results(out / "rows" / f"{row}-seed{seed}"):
+                runs[row][seed] = found
     runs = {row: found for row, found in runs.items() if found}
     if not runs:
         raise stage.InputError(f'no ROW-seedN/results.json in {out / "rows"}: run "make results"')

@@ -75,8 +75,8 @@ def read_seeds(path, name="refined"):
         with np.load(path, allow_pickle=False) as file:
             maps = [torch.from_numpy(file[f"{name}_{n}"]) for n in range(len(file.files)) if f"{name}_{n}" in file]
             classes, cams = file["classes"], combine_scales(maps, tuple(file["size"].tolist())).numpy()
-        fits = name == "eigen" or classes.shape == cams.shape[:1]
-        if classes.dtype.kind != "i" or not fits or (classes < 1).any():
+        maps_needed = 1 if name == "eigen" else classes.size
+        if classes.dtype.kind != "i" or classes.ndim != 1 or (classes < 1).any() or len(cams) != maps_needed:
             raise ValueError
     except UNREADABLE:
         raise InputError(f'{path} is damaged or lacks {name} seeds: delete it and run "make cams"') from None

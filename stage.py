@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 import zipfile
-from multiprocessing import parent_process
+from multiprocessing import current_process
 from pathlib import Path
 
 STAGES = {  # record in OUT: (what it holds, the make target that makes it)
@@ -31,6 +31,8 @@ NO_SETTING = {"command", "function", "parser", "out", "data", "device", "workers
               "paths", "amp", "fresh", "deterministic"}
 RECORD = {"id": str, "done": bool, "seconds": (int, float), "settings": dict, "inputs": dict,
           "data": (str, type(None)), "preset": (str, type(None))}  # older ones lack the last two
+RESULTS = {"data": str, "classes": list, "rows": list, "devices": list, "precision": dict, "seconds": dict,
+           "settings": dict}
 NETWORKS = ("classifier", "affinitynet", "segmenter")  # stages whose result is a .pth
 RANK = int(os.environ.get("RANK", 0))  # of this process under torchrun: the first one writes the records
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR}
@@ -55,16 +57,17 @@ def _stop(number, frame):
     raise SystemExit(128 + number)
 
 
-def _end_with(parent):
+def end_with(parent):
+    """End this process when its parent has ended, however that one did."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 MAIN_PROCESS = os.getpid()
-if parent_process():  # a worker of a pool: its parent says it, and it ends with its parent, however that one ends
+if current_process().name != "MainProcess":  # a worker of a pool: its parent says it, and it ends with its parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent_process().pid,), daemon=True).start()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 elif Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a script of ours, not somebody's import
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
@@ -121,13 +124,13 @@ def read_lines(path):
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
-def read_json(path):
-    """A JSON object."""
+def read_json(path, kinds={}):
+    """A JSON object, with values of these kinds. kinds: key: type"""
     try:
         value = json.loads(read_text(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
         raise InputError(f"{path} is damaged or none of ours: move it away")
     return value
 
@@ -258,12 +261,18 @@ def find_record(out, name):
 
 def read_record_file(path):
     """A record, or None where there is none."""
+    return read_json(path, RECORD) if path.is_file() else None
+
+
+def read_results(out):
+    """OUT/results.json, or None where there is none."""
+    path = out / "results.json"
     if not path.is_file():
         return None
-    record = read_json(path)
-    if not all(isinstance(record.get(key), kind) for key, kind in RECORD.items()):
+    results = read_json(path, RESULTS)
+    if not all(isinstance(row, dict) and {"stage", "split"} <= row.keys() for row in results["rows"]):
         raise InputError(f"{path} is damaged or none of ours: move it away")
-    return record
+    return results
 
 
 def read_record(out, name):

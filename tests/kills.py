@@ -130,6 +130,8 @@ def trial(name, data, whole, out, moments, workers):
             time.sleep(0.2)
         if left:
             wrong.append(f"workers outlive their parent: {left}")
+        for process in left:
+            os.kill(process, signal.SIGKILL)
     complete(name, data, out)
     if not equal(outcome(name, whole), outcome(name, out)):
         wrong.append("the result is another one")

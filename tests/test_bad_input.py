@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import run, run_process
 from PIL import Image
-from small_run import MAKES, NEW, SMALL, STAGES, WHERE, contents, finished, here, refused, stage  # noqa: F401 (fixtures)
+from small_run import MAKES, NEW, SMALL, STAGES, WHERE, contents, finished, here, refused, stage  # noqa: F401
 
 LISTS = "data/ImageSets/Segmentation"
 PHOTO, MASK = "data/JPEGImages/toy_0000.jpg", "data/SegmentationClass/toy_0000.png"
@@ -452,6 +452,15 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
         "data holds a drawing of --seed 0 --train 4",
     ),
     "toy over other things": (NOTHING, ("prepare.py", "toy", "--root", "out"), "out holds something else"),
+    **{
+        f"results.json {name}, {command}": (
+            all_of(put("out/results.json", text), put("out/rows/noise-x1-seed0/results.json", text)),
+            ("report.py", command, *WHERE),
+            "results.json is damaged or none of ours: move it away",
+        )
+        for name, text in {"text": "hello", "list": "[]", "foreign": "{}", "rows a number": '{"rows": 3}'}.items()
+        for command in ("tables", "page")
+    },
     # stages that are not there
     **{
         f"no {needs}": (NOTHING, (*STAGES[name], *NEW), f'(no|nothing) .*in new.*: run "make {target}"')

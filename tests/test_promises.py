@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, run_process
 from small_run import MAKES, SMALL, STAGES, WHERE, contents, finished, here, refused, stage  # noqa: F401 (fixtures)
 from stage import Stage
 
 import engine
+import kills
 
 OTHER = {  # a flag of each stage, and what the refusal says of it
     "train": ("--lr", 2e-3, "lr 0.001 -> 0.002"),
@@ -357,6 +358,27 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(here, number, after):
     assert process.returncode == 128 + number, said
     assert said.count("stopped: the same command goes on from here") == 1
     assert "Traceback" not in said and "Error" not in said
+
+
+def test_workers_give_the_same_bytes_and_end_with_a_parent_that_is_killed(here):
+    flags = ("--data", "data", "--out", "out", *SMALL[:-1], 2)
+    command = [sys.executable, ROOT / "psa.py", *map(str, (*STAGES["labels"][1:], *flags))]
+    one = results("labels")
+    shutil.rmtree("out/affinity_labels"), Path("out/affinity_labels.json").unlink()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and len(kills.living(process.pid)) < 4:  # itself, two workers, one that tidies up
+        time.sleep(0.05)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    end = time.time() + 15
+    while (left := kills.living(process.pid)) and time.time() < end:
+        time.sleep(0.1)
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
+    run_process("psa.py", *STAGES["labels"][1:], *flags)
+    assert same(results("labels"), one)
 
 
 def test_a_few_kills_lose_nothing():
