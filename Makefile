@@ -77,7 +77,8 @@ show: $(ENV) $(TOY)
 
 figures: $(ENV) $(TOY)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check matplotlib
-	$(PYTHON) report.py figures $(COMMON) --seeds $(SEEDS) $(if $(TOY),--walkthrough docs/walkthrough.md)
+	$(PYTHON) report.py figures $(COMMON) --seeds $(SEEDS)
+	$(if $(TOY),$(PYTHON) tests/walkthrough.py docs/walkthrough.md $(DATA) $(OUT))
 
 tables: $(ENV) $(TOY)
 	$(PYTHON) report.py tables $(COMMON) --seeds $(SEEDS) --into docs/results.md

@@ -177,7 +177,7 @@ def start_classifier(arch, num_labels, pretrained=None, partial=False, sharpness
     return model
 
 
-def parameter_groups(model, lr, head_lr, transformer_lr):
+def classifier_groups(model, lr, head_lr, transformer_lr):
     """`lr` times `head_lr` for the heads, times `transformer_lr` for the transformer and what feeds it."""
     groups = {1.0: []}
     for name, parameter in model.named_parameters():
@@ -205,7 +205,7 @@ def train(args):
     model = start_classifier(args.arch, len(dataset.classes), args.pretrained, args.partial, args.sharpness)
     model = model.to(args.device, memory_format=torch.channels_last)
     run.start()
-    groups = parameter_groups(model, args.lr, args.head_lr, args.transformer_lr)
+    groups = classifier_groups(model, args.lr, args.head_lr, args.transformer_lr)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     sample = watched(dataset, ids, args)
 
@@ -215,7 +215,7 @@ def train(args):
         return loss * share, {name: term * share for name, term in terms.items()}
 
     def watch(step):
-        found = {**figures(model, sample, args), "map": average_precision(model, dataset, args, first=200)}
+        found = {**map_figures(model, sample, args), "map": average_precision(model, dataset, args, first=200)}
         run.record.setdefault("watched", {})[str(step)] = found
         mean = {name: np.mean(value) for name, value in found.items() if value is not None}
         engine.tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in mean.items()))
@@ -255,7 +255,7 @@ def watched(dataset, ids, args):
 
 
 @torch.inference_mode()
-def figures(model, sample, args):
+def map_figures(model, sample, args):
     """What tells early whether a training goes well, on a fixed sample of photos. -> name: mean over them
 
     entropy: of the attention of each block, 1 is uniform; own_rows: |A* - 1 m'|^2 / |A*|^2, m the mean row, 0 where all

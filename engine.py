@@ -37,17 +37,17 @@ LOG_STEPS = 10  # between two lines of OUT/log.jsonl
 # ---------------------------------------------------------------- command line
 
 class Commands:
-    """argparse with presets: `add(function, help)` gives a sub-command's parser, `run()` calls what the user typed."""
+    """argparse with presets: `add(function, summary)` gives a sub-command's parser, `run()` calls what was typed."""
 
     def __init__(self, doc, presets):
         self.parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.commands, self.presets = None, presets
 
-    def add(self, function, help, common=True):
+    def add(self, function, summary, common=True):
         """A sub-command; common: with the flags that all stages share."""
         if self.commands is None:
             self.commands = self.parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-        parser = self.commands.add_parser(function.__name__, help=help, description=function.__doc__,
+        parser = self.commands.add_parser(function.__name__, help=summary, description=function.__doc__,
                                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         return self.only(function, parser) if common else self._calls(function, parser)
 
@@ -120,8 +120,6 @@ def _run_in(out):
 
 def _prepare(args):
     """Device, precision and random numbers of a command."""
-    if WORLD > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
     args.device = pick_device(args.device)
     if WORLD > 1:
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
@@ -312,13 +310,14 @@ def fit(stage, model, optimizer, batches, loss_of, steps, network, schedule=lamb
             _sum_gradients(model)
             scaler.step(optimizer)
             scaler.update()
-            block.append({**found, "lr": optimizer.param_groups[0]["lr"]})
+            block.append(found)
             step += 1
             progress.update(batches.batch_size)
             ends = step == steps or step % batches.per_epoch == 0
             if not ends and len(block) < LOG_STEPS:
                 continue
-            _log(stage, batches, block, step, steps, time.time() - block_at, progress)
+            lr = optimizer.param_groups[0]["lr"]
+            _log(stage, batches, block, step, steps, time.time() - block_at, lr, progress)
             if ends:
                 look()
             if step == steps or time.time() - saved_at > SAVE_SECONDS:
@@ -348,12 +347,12 @@ def _sum_gradients(model):
             gradient.copy_(part.view_as(gradient))
 
 
-def _log(stage, batches, block, step, steps, seconds, progress):
+def _log(stage, batches, block, step, steps, seconds, lr, progress):
     """The means of some steps as a line of OUT/log.jsonl; InputError at a loss that is not finite."""
     means = {}
     for name in block[0]:
         values = torch.stack([torch.as_tensor(found[name], dtype=torch.float32) for found in block]).cpu()
-        if dist.is_initialized() and name != "lr":  # each process has its share of the loss
+        if dist.is_initialized():  # each process has its share of the loss
             values = values.to(stage.args.device)
             dist.all_reduce(values)
         bad = (~values.isfinite()).nonzero()
@@ -364,7 +363,7 @@ def _log(stage, batches, block, step, steps, seconds, progress):
         means[name] = values.mean().item()
     progress.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
     if RANK == 0:
-        line = {"stage": stage.name, "id": stage.record["id"], "step": step, "steps": steps, **means,
+        line = {"stage": stage.name, "id": stage.record["id"], "step": step, "steps": steps, **means, "lr": lr,
                 "images_s": round(len(block) * batches.batch_size / max(seconds, 1e-9), 1),
                 "gb": round(peak_memory(), 2), "precision": stage.args.precision}
         with open(stage.out / "log.jsonl", "a") as file:

@@ -2,9 +2,6 @@
 
     python report.py show, figures    -> OUT/show.png, OUT/figures/
 """
-import contextlib
-import io
-import re
 
 import stage  # before torch: from here on Ctrl-C is one line
 import numpy as np
@@ -321,21 +318,3 @@ def marked(image, place, side):
     ring = [x - radius, y - radius, x + radius, y + radius]
     ImageDraw.Draw(image).ellipse(ring, None, "red", max(2, round(radius / 3)))
     return pil_to_tensor(image)
-
-
-def walkthrough(page, root, out):
-    """Run the code blocks of a Markdown page in order, on a run; what each prints is written below it."""
-    names = {}
-    page.with_suffix("").mkdir(parents=True, exist_ok=True)
-
-    def run(block):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(block[1], str(page), "exec"), names)
-        names.update(DATA=root, OUT=out, PICTURES=page.with_suffix(""))  # in place of those of the first block
-        printed = "".join(f"{line}\n" for line in printed.getvalue().splitlines() if "sha256" not in line)
-        return f"```python\n{block[1]}```\n" + (f"```text\n{printed}```\n" if printed else "")
-
-    text = re.sub(r"```python\n(.*?)```\n(```text\n.*?```\n)?", run, stage.read_text(page), flags=re.DOTALL)
-    stage.write(page, lambda file: file.write(text.encode()))
-    print(page)

@@ -26,6 +26,7 @@ from engine import Commands, in_processes, peak_memory
 from stage import InputError, is_whole, read_json, read_lines, read_text, whole, write, write_json, write_lines
 from toy import TOY_CLASSES, toy_picture
 
+LISTED = 20  # problems that `check` tells at most
 LARGE = 1000  # pixels of a photo's longer side, twice VOC's, from which `check` warns
 VOC_SIZES = {"train_aug": 10582, "train": 1464, "val": 1449, "test": 1456}
 COCO_SPLITS = {"train_aug": "train2014", "val": "val2014"}
@@ -366,7 +367,7 @@ def check(args):
         print(f"note: {len(large)} photos are longer than {LARGE} pixels, first {large[0]}: crops, CRF and walk are "
               "set for VOC's 500, and memory grows with the area: better shrink them")
     problems = list(dict.fromkeys(problems))
-    for line in problems[:20]:
+    for line in problems[:LISTED]:
         print(f"problem: {line}")
     if problems:
         raise InputError(f"{len(problems)} problems in {dataset.root}")

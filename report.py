@@ -228,7 +228,9 @@ def tables(args):
         begin, end, old = f"<!-- rows of {name} -->\n", f"<!-- end of {name} -->", stage.read_text(args.into)
         before, found, rest = old.partition(begin)
         _, closed, after = rest.partition(end)
-        if not (found and closed):
+        if end not in old and not found:
+            before, after = f"{old.rstrip()}\n\n## {name}\n\n", "\n"
+        elif not closed:
             raise stage.InputError(f"{args.into} needs a line {begin.strip()} and, below it, one {end}")
         stage.write(args.into, lambda file: file.write(f"{before}{begin}{text}\n{end}{after}".encode()))
 
@@ -244,8 +246,6 @@ def figures(args):
             drawn += 1
         except stage.InputError as error:
             print(f"{draw.__name__} is not drawn: {error}")
-    if args.walkthrough:
-        pictures.walkthrough(args.walkthrough, args.data, pictures.run_of(args, "noise-x1", "segmentation"))
     if not drawn:
         raise stage.InputError(f"none of the figures could be drawn from {args.out}")
 
@@ -327,8 +327,6 @@ def main():
     draw = commands.add(figures, "draw the paper's figures from the runs at hand")
     draw.add_argument("--place", type=stage.real(0, 1), nargs=2, metavar=("X", "Y"),
                       help="place of Figure 5, shares of width and height (default: the middle of the objects)")
-    draw.add_argument("--walkthrough", type=Path, metavar="PAGE",
-                      help="run the code of this page on the run and write its outputs and pictures anew")
     table = commands.add(tables, "print Tables 1-5, ours beside the paper's")
     html = commands.add(page, "make one HTML file of a run")
     html.add_argument("--photos", type=stage.whole(1), default=400, help="of a split at most: the worst 20, and others")

@@ -229,6 +229,9 @@ class Range(argparse.Action):
 def _settings(args, ignore):
     """What a result depends on: flags, weight files by their bytes, precision."""
     shown = {key: value for key, value in sorted(vars(args).items()) if key not in NO_SETTING | set(ignore)}
+    for key, value in shown.items():
+        if isinstance(value, Path) and not value.exists():
+            raise InputError(f"no file {value}, named by --{key.replace('_', '-')}")
     shown = {key: digest(value) if isinstance(value, Path) else value for key, value in shown.items()}
     return json.loads(json.dumps(shown))  # as it comes back from the file
 
@@ -259,6 +262,16 @@ def find_record(out, name):
     return record if record and record["done"] else None
 
 
+def read_record(out, name):
+    """The record of a complete stage; InputError naming the command that makes it."""
+    what, target = STAGES[name]
+    record = find_record(out, name)
+    if record is None:
+        unfinished = (out / f"{name}.part.json").is_file()
+        raise InputError(f'{"unfinished" if unfinished else "no"} {what} in {out / name}: run "make {target}"')
+    return record
+
+
 def read_record_file(path):
     """A record, or None where there is none."""
     return read_json(path, RECORD) if path.is_file() else None
@@ -273,16 +286,6 @@ def read_results(out):
     if not all(isinstance(row, dict) and {"stage", "split"} <= row.keys() for row in results["rows"]):
         raise InputError(f"{path} is damaged or none of ours: move it away")
     return results
-
-
-def read_record(out, name):
-    """The same; InputError naming the command that makes it."""
-    what, target = STAGES[name]
-    record = find_record(out, name)
-    if record is None:
-        unfinished = (out / f"{name}.part.json").is_file()
-        raise InputError(f'{"unfinished" if unfinished else "no"} {what} in {out / name}: run "make {target}"')
-    return record
 
 
 def is_stale(out, name):

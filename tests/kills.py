@@ -166,7 +166,8 @@ def main():
             if name in POOLED and args.trials >= 5:
                 shutil.copytree(before, out)
                 seconds[2] = complete(name, data, out, workers=2)
-                failed = [] if equal(outcome(name, whole), outcome(name, out)) else [f"{name}: other bytes of two workers"]
+                if not equal(outcome(name, whole), outcome(name, out)):
+                    failed.append(f"{name}: other bytes of two workers")
                 shutil.rmtree(out)
             for n in range(args.trials):
                 if makes:

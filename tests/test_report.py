@@ -24,6 +24,7 @@ import pictures
 import report
 import seeds
 import stage
+import walkthrough
 
 HOSTILE = ["cat", "<script>boom()</script>", '"><img/src=x/onerror=boom()>']  # names of classes
 STAGES = ("plain CAM", "refined seeds", "pseudo labels", "segmenter")
@@ -97,9 +98,11 @@ def test_tables_are_written_between_the_markers_and_nowhere_else(rows, tmp_path)
     text = page_of.read_text()
     assert text.startswith("before\n<!-- rows of toy -->\n**Table 1.") and "stale" not in text
     assert text.endswith("<!-- end of toy -->\nafter\n<!-- end of voc -->\n") and text.count("**Table 1.") == 1
+    page_of.write_text("no end <!-- rows of toy -->\n")
+    assert "<!-- rows of toy -->" in run(*command, status=1) and page_of.read_text() == "no end <!-- rows of toy -->\n"
     page_of.write_text("no marker")
-    said = run(*command, status=1)
-    assert "<!-- rows of toy -->" in said and page_of.read_text() == "no marker"
+    run(*command)
+    assert page_of.read_text().startswith("no marker\n\n## toy\n\n<!-- rows of toy -->\n**Table 1.")
 
 
 def test_runs_of_other_settings_are_not_one_table(rows):
@@ -516,7 +519,7 @@ def test_walkthrough_runs_from_top_to_bottom(trained, tmp_path):
     toy, out = trained[:2]
     page_of, text = tmp_path / "walkthrough.md", stage.read_text(ROOT / "docs" / "walkthrough.md")
     page_of.write_text(re.sub("```text\n.*?```\n", "", text, flags=re.DOTALL))
-    run("report.py", "figures", "--data", toy, "--out", out, "--device", "cpu", "--seeds", 0, "--walkthrough", page_of)
+    walkthrough.rewrite(page_of, toy, out / "rows" / "noise-x1-seed0")
     made = page_of.read_text()
     blocks = [re.findall("```python\n(.*?)```\n", page, flags=re.DOTALL) for page in (made, text)]
     assert blocks[0] == blocks[1] and made.count("```text") == text.count("```text") == len(blocks[0]) - 1
