@@ -315,7 +315,7 @@ class Stage:
             read_record(args.out, source)
             if older := is_stale(args.out, source):
                 (what, target), earlier = STAGES[source], STAGES[older][0]
-                raise InputError(f'the {what} in {args.out} are of an earlier {earlier}: run "make {target}" first')
+                raise InputError(f'the {what} in {args.out} are older than the {earlier}: run "make {target}" first')
         if RANK == 0:
             sweep(args.out)
         self.record = {

@@ -494,7 +494,7 @@ def bf16(args):
         largest, means = max(largest, gap.max()), [*means, gap.mean()]
     scores = [evaluate.best_threshold(counts[amp])["miou"] for amp in (False, True)]
     note(args, "bf16", f"{len(ids)} seeds, mIoU: float32, bf16", *scores, "%", difference=largest, tolerance=1)
-    print(f"largest difference {largest:.4f}, mean {np.mean(means):.5f}")
+    print(f"mIoU {scores[0]:.2f} and {scores[1]:.2f}; largest difference {largest:.4f}, mean {np.mean(means):.5f}")
 
 
 def cards(args):

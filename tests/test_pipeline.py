@@ -261,9 +261,9 @@ def test_other_settings_need_fresh_and_later_stages_then_say_that_they_are_old(d
         assert "micro_batch=3" in run(*command, "--fresh")
     assert "precision float32 -> bf16" in refused("bnr.py", "train", *where, *CLASSIFIER, "--micro-batch", 3, "--amp")
     said = refused(*STAGES["affinity_labels"], *where)
-    assert 'the seeds in' in said and 'are of an earlier classifier: run "make cams" first' in said
+    assert 'the seeds in' in said and 'are older than the classifier: run "make cams" first' in said
     said = run("evaluate.py", *where)
-    assert "of an earlier classifier: make cams" in said and rows_of(tmp_path)["segmenter"]["stale"]
+    assert "older than the classifier: make cams" in said and rows_of(tmp_path)["segmenter"]["stale"]
     assert "made anew, as the classifier changed" in run(*STAGES["cams"], *where)
 
 

@@ -192,8 +192,8 @@ def test_what_hangs_on_an_earlier_input_is_marked_refused_and_made_anew(here):
         ("pseudo labels", "psa"),
         ("segmenter", "seg"),
     ):
-        assert found[row]["stale"] == f"of an earlier classifier: make {target}"
-    assert 'are of an earlier classifier: run "make cams" first' in refused(1, *stage("labels"))
+        assert found[row]["stale"] == f"older than the classifier: make {target}"
+    assert 'are older than the classifier: run "make cams" first' in refused(1, *stage("labels"))
     for name, source in (
         ("cams", "classifier"),
         ("labels", "seeds"),
