@@ -6,7 +6,6 @@
 
 --loss transcam is the baseline (TransCAM), --loss bnr the paper's; --noise 1, 2, none are the columns of Table 5.
 """
-import argparse
 import math
 from pathlib import Path
 
@@ -20,8 +19,9 @@ import data
 import engine
 import evaluate
 import seeds
+from commands import Commands, Range, above, add_training_flags, real, whole
 from conformer import ARCHS, STRIDE, Conformer, init_attention, init_identity
-from stage import InputError, above, real, whole
+from stage import InputError
 
 PRESETS = {  # defaults that differ from the published VOC setting, which is that of the flags
     "voc": {},
@@ -153,11 +153,6 @@ def augment(crop, long_side):
         data.to_tensor()])
 
 
-def square(side):
-    """PIL photo -> float32 (3, side, side), resized"""
-    return v2.Compose([v2.Resize((side, side), InterpolationMode.BICUBIC), data.to_tensor()])
-
-
 def start_classifier(arch, num_labels, pretrained=None, partial=False, sharpness=60.0):
     """A Conformer with the weights of a file, but for its heads; transformer blocks that stay fresh start sharp."""
     model = Conformer(arch, num_labels)
@@ -231,7 +226,7 @@ def average_precision(model, dataset, args, first=None):
     ids = dataset.ids("val", required=False)[:first]
     if not ids:
         return None
-    scores, prepare = [], square(args.crop)
+    scores, prepare = [], data.square(args.crop)
     model.eval()
     images = data.Images(dataset.image, ids, lambda name, photo: prepare(photo))
     for photos in data.loader(images, args, batch_size=args.batch_size):
@@ -244,12 +239,11 @@ def watched(dataset, ids, args):
     """A fixed sample of `train`: (photo (1, 3, crop, crop), classes (k,), mask (crop, crop) or None) each."""
     ids = dataset.ids("train", required=False) or ids
     ids, out = ids[::max(1, len(ids) // SAMPLE)][:SAMPLE], []
+    prepare, nearest = data.square(args.crop), v2.Resize((args.crop, args.crop), InterpolationMode.NEAREST)
     for name, labels in zip(ids, dataset.labels(ids)):
-        mask = None
+        photo, mask = prepare(data.read_image(dataset.image(name)))[None], None
         if dataset.mask(name).is_file():
-            mask = torch.from_numpy(data.read_mask(dataset.mask(name), dataset.num_classes))[None]
-            mask = v2.functional.resize(mask, [args.crop, args.crop], InterpolationMode.NEAREST)[0].numpy()
-        photo = square(args.crop)(data.read_image(dataset.image(name)))[None]
+            mask = nearest(torch.from_numpy(data.read_mask(dataset.mask(name), dataset.num_classes))[None])[0].numpy()
         out.append((photo.to(args.device), labels.nonzero()[:, 0].numpy() + 1, mask))
     return out
 
@@ -271,7 +265,7 @@ def map_figures(model, sample, args):
         qks, cam = [(q.float(), k.float()) for q, k in qks], cam.float()
         attn = sum_over_blocks([mean_over_heads(attention(q, k)) for q, k in qks])[0]
         found["entropy"].append(attention_entropy(qks))
-        found["own_rows"].append((attn - attn.mean(0)).square().sum() / attn.square().sum())
+        found["own_rows"].append((attn - attn.mean(0)).data.square().sum() / attn.data.square().sum())
         if mask is None:
             continue
         objects = torch.from_numpy((mask > 0) & (mask != data.VOID)).to(attn.device)
@@ -327,10 +321,7 @@ def multi_scale(model, images, labels, names, device, amp):
 def cams(args):
     """Export the seeds of every photo that a later stage reads -> OUT/cams/ID.npz"""
     dataset = data.DataSet(args.data)
-    if args.split:
-        ids = dataset.ids(args.split)
-    else:
-        ids = list(dict.fromkeys(dataset.ids("train_aug") + dataset.ids("train", required=False)))
+    ids = dataset.ids(args.split) if args.split else dataset.ids_of_seeds()
     of_file = () if args.weights else ("arch", "crop")  # what the classifier of the run knows itself
     run = stage.Stage(args, "cams", reads=() if args.weights else ("classifier",), data=dataset.digest,
                       ignore=("batch_size", "seed", *of_file))
@@ -346,7 +337,7 @@ def cams(args):
     names = ["refined"] + ["plain"] * (args.plain or args.eigen) + ["eigen"] * args.eigen
 
     def item(name, photo):
-        return name, photo.size[::-1], [square(side)(photo) for side in sizes]
+        return name, photo.size[::-1], [data.square(side)(photo) for side in sizes]
 
     with engine.bar(len(todo), "seeds") as progress:
         for found, heights_widths, images in data.loader(data.Images(dataset.image, todo, item), args,
@@ -356,22 +347,11 @@ def cams(args):
             for n, name in enumerate(found):
                 own = labels[name].nonzero()[:, 0]
                 size = [int(side[n]) for side in heights_widths]
-                chosen = {}
-                for kind, scales in maps.items():
-                    chosen[kind] = [(scale[n] if kind == "eigen" else scale[n, own]).numpy() for scale in scales]
+                chosen = {kind: [(scale[n] if kind == "eigen" else scale[n, own]).numpy() for scale in scales]
+                          for kind, scales in maps.items()}
                 seeds.write_seeds(run.folder / f"{name}.npz", own.numpy() + 1, size, **chosen)
             progress.update(len(found))
     engine.finish(run)
-
-
-def export(args):
-    """Write the seeds of every photo as DIR/ID/CLASS.npy, float32 (H, W) in [0, 1], for other people's code."""
-    dataset, folder = data.DataSet(args.data), args.out / "cams"
-    stage.read_record(args.out, "cams")
-    for path in sorted(folder.rglob("*.npz")):
-        for c, cam in zip(*seeds.read_seeds(path)):
-            to = args.to / path.relative_to(folder).with_suffix("") / f"{dataset.classes[c - 1]}.npy"
-            stage.write(to, lambda file, cam=cam: np.save(file, cam))
 
 
 def noise_factor(text):
@@ -380,21 +360,18 @@ def noise_factor(text):
 
 
 def main():
-    commands = engine.Commands(__doc__, PRESETS)
+    commands = Commands(__doc__, PRESETS)
     both = commands.add(train, "train the classifier"), commands.add(cams, "export the seeds")
     for parser in both:
         parser.add_argument("--arch", choices=ARCHS, default="small", help="Conformer; small is the paper's")
         parser.add_argument("--crop", type=whole(STRIDE), default=512, help="side of the square training crops, pixels")
         parser.add_argument("--batch-size", type=whole(1), default=8, help="photos a step")
     parser = both[0]
-    parser.add_argument("--loss", choices=("bnr", "transcam"), default="bnr",
-                        help="eq. 9, or the baseline's L_cls alone")
+    parser.add_argument("--loss", choices=("bnr", "transcam"), default="bnr", help="eq. 9, or L_cls alone: TransCAM")
     parser.add_argument("--noise", type=noise_factor, default=1.0, help="factor of eq. 6; none: M* itself in the loss")
     parser.add_argument("--pretrained", type=Path, help="ImageNet weights, Conformer_ARCH_patch16.pth")
-    parser.add_argument("--partial", action=argparse.BooleanOptionalAction, default=False,
-                        help="--pretrained may lack tensors; what it lacks starts almost without effect")
-    parser.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False,
-                        help="start without weights")
+    parser.switch("--partial", "--pretrained may lack tensors; what it lacks starts almost without effect")
+    add_training_flags(parser)
     parser.add_argument("--sharpness", type=real(0), default=60.0,
                         help="logit a token gives itself in fresh blocks; 0: uniform start")
     parser.add_argument("--epochs", type=whole(0), default=22, help="passes over train_aug")
@@ -402,17 +379,15 @@ def main():
     parser.add_argument("--head-lr", type=above(0), default=1.0, help="factor on --lr for the two heads")
     parser.add_argument("--transformer-lr", type=real(0), default=1.0, help="factor on --lr for the transformer branch")
     parser.add_argument("--weight-decay", type=real(0), default=5e-4, help="on every parameter")
-    parser.add_argument("--long-side", type=whole(1), nargs=2, action=stage.Range, default=(320, 640),
+    parser.add_argument("--long-side", type=whole(1), nargs=2, action=Range, default=(320, 640),
                         help="range of the longer side, pixels")
-    parser.add_argument("--micro-batch", type=whole(0), default=0,
-                        help="images at a time through the network, 0: the batch at once")
     parser = both[1]
     parser.add_argument("--weights", type=Path, help="a TransCAM classifier instead of OUT/classifier.pth")
     parser.add_argument("--split", help="list to export (default: all photos that later stages read)")
     parser.add_argument("--scales", type=above(0), nargs="+", default=(0.5, 1.0, 1.5), help="of the crop")
-    parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=False, help="plain CAMs (M) too")
-    parser.add_argument("--eigen", action=argparse.BooleanOptionalAction, default=False, help="Eigen-CAM too")
-    parser = commands.add(export, "our seeds for other people's code")
+    parser.switch("--plain", "plain CAMs (M) too")
+    parser.switch("--eigen", "Eigen-CAM too")
+    parser = commands.add(seeds.export, "our seeds for other people's code")
     parser.add_argument("--to", type=Path, required=True, help="folder to write ID/CLASS.npy into")
     commands.run()
 

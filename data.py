@@ -82,6 +82,10 @@ class DataSet:
         require([self.image(name) for name in ids], "photos")
         return ids
 
+    def ids_of_seeds(self):
+        """Of the photos that need seeds: to train on, and to score them on."""
+        return list(dict.fromkeys(self.ids("train_aug") + self.ids("train", required=False)))
+
     def image(self, name):
         path = self.photos / f"{name}.jpg"
         return path if path.is_file() else self.photo_of.get(name, path)
@@ -254,6 +258,11 @@ def random_long_side(image, low, high):
 def to_tensor():
     """PIL RGB -> float32 (3, H, W), ImageNet mean and deviation. A mask beside it stays as it is."""
     return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+
+def square(side):
+    """PIL photo -> float32 (3, side, side), resized"""
+    return v2.Compose([v2.Resize((side, side), InterpolationMode.BICUBIC), to_tensor()])
 
 
 class Images(torch.utils.data.Dataset):

@@ -1,22 +1,19 @@
-"""What carries a run: the command line, the device, weight files, the training loop, a pool of processes, several GPUs.
+"""What carries a run: the device, a pool of processes, the training loop, weight files, several GPUs.
 
-Every script's `main()` fills a `Commands`; its functions get `args`. `fit` trains any network here. A step's random
-numbers follow from its own number, so a run that was stopped and goes on equals one that never was, bit for bit on the
-CPU. Under torchrun each process takes its share of the batch and gradients are summed: the loss is that of one process.
+`fit` trains any network here. A step's random numbers follow from its own number, so a run that was stopped and goes on
+equals one that never was, bit for bit on the CPU. Under torchrun each process takes its share of the batch and
+gradients are summed: the loss is that of one process.
 """
-import argparse
 import collections
 import contextlib
 import json
 import os
 import platform
-import random
 import re
 import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,115 +22,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from stage import (DISK_ERRORS, DISK_REMEDY, RANK, STAGES, FlagError, InputError, Parser, digest, find_record, is_whole,
-                   read_json, read_record_file, whole, write)
+from stage import RANK, FlagError, InputError, digest, find_record, is_whole, read_json, write
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes under torchrun
 SAVE_SECONDS = 300  # between two checkpoints of a training
 LOWER = "try a lower --lr, or --no-amp; nothing that was there is lost"
 LOG_STEPS = 10  # between two lines of OUT/log.jsonl
-
-
-# ---------------------------------------------------------------- command line
-
-class Commands:
-    """argparse with presets: `add(function, summary)` gives a sub-command's parser, `run()` calls what was typed."""
-
-    def __init__(self, doc, presets):
-        self.parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.commands, self.presets = None, presets
-
-    def add(self, function, summary, common=True):
-        """A sub-command; common: with the flags that all stages share."""
-        if self.commands is None:
-            self.commands = self.parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-        parser = self.commands.add_parser(function.__name__, help=summary, description=function.__doc__,
-                                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        return self.only(function, parser) if common else self._calls(function, parser)
-
-    def _calls(self, function, parser):
-        parser.set_defaults(function=function, parser=parser)
-        return parser
-
-    def only(self, function, parser=None):
-        """The flags that all stages share, for a script of one command (or of a sub-command)."""
-        parser = self._calls(function, parser or self.parser)
-        parser.add_argument("--data", type=Path, help="data set (default: that of the run in --out, else data/toy)")
-        parser.add_argument("--out", type=Path, help="folder of all results (default: out/NAME OF DATA)")
-        parser.add_argument("--preset", choices=self.presets,
-                            help="table of defaults, over those shown here, which are voc's "
-                                 "(default: of the run in --out, or toy for data/toy, else voc)")
-        parser.add_argument("--device", help="cuda or cpu (default: cuda where it works)")
-        parser.add_argument("--seed", type=whole(0, 2 ** 32 - 1), default=0, help="of all random numbers")
-        parser.add_argument("--workers", type=whole(0), default=min(8, os.cpu_count() or 1),
-                            help="processes that load photos or run the CRF")
-        parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: on cuda)")
-        parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=False,
-                            help="the same bytes again on cuda too, more slowly")
-        parser.add_argument("--fresh", action="store_true", help="make it anew where a result of other settings is")
-        return parser
-
-    def run(self):
-        args = self.parser.parse_args()
-        try:
-            if "preset" in args:
-                args = self._with_preset(args)
-                _prepare(args)
-            args.function(args)
-        except torch.cuda.OutOfMemoryError:
-            sys.exit(f"error: the card has too little memory after {peak_memory():.1f} GB: try --micro-batch in "
-                     "training, a smaller --batch-size in cams, smaller photos or --scales in predict")
-        except FlagError as error:
-            args.parser.error(str(error))
-        except InputError as error:  # from a loader's worker the message comes with a traceback in front
-            sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("stage.InputError: "))
-        except BrokenProcessPool:
-            sys.exit("error: a worker process died, for want of memory perhaps: try fewer --workers")
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            sys.exit(f"error: {error.filename or 'the disk'}: {error.strerror}: {DISK_REMEDY}")
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-
-    def _with_preset(self, args):
-        """The flags again, with the preset's defaults under what was typed."""
-        out, folder, preset = args.out, args.data, args.preset
-        if folder is None:
-            folder, known = _run_in(out)
-            preset = preset or (known if known in self.presets else None)
-        is_toy = folder.resolve() == Path("data/toy").resolve()
-        preset = preset or ("toy" if is_toy else "voc")
-        args.parser.set_defaults(**{key: value for key, value in self.presets[preset].items() if key in args})
-        args = self.parser.parse_args()
-        args.data, args.preset, args.out = folder, preset, out or Path("out") / folder.resolve().name
-        return args
-
-
-def _run_in(out):
-    """Data set and preset of the run in this folder, those of the toy set where there is none."""
-    paths = [out / f"{name}{ending}" for name in STAGES for ending in (".json", ".part.json")] if out else []
-    record = next(filter(None, map(read_record_file, paths)), {})
-    return Path(record.get("data") or "data/toy"), record.get("preset")
-
-
-def _prepare(args):
-    """Device, precision and random numbers of a command."""
-    args.device = pick_device(args.device)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-        for name in STAGES:
-            find_record(args.out, name)  # the first process may have to bring one to its end
-        dist.barrier()
-    args.amp = args.device.type == "cuda" if args.amp is None else args.amp
-    args.precision = precision(args.device, args.amp)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
 
 
 # ---------------------------------------------------------------- device

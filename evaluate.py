@@ -16,6 +16,7 @@ from torchvision.utils import make_grid, save_image
 import data
 import engine
 import seeds
+from commands import Commands
 from data import VOID
 from stage import STAGES, InputError
 
@@ -298,7 +299,7 @@ def print_table(rows, classes):
 
 
 def main():
-    commands = engine.Commands(__doc__, {"voc": {}, "coco": {}, "toy": {}, "small": {}})
+    commands = Commands(__doc__, {"voc": {}, "coco": {}, "toy": {}, "small": {}})
     parser = commands.only(evaluate)
     parser.add_argument("--masks", type=Path, help="score this folder of index PNGs instead")
     parser.add_argument("--seeds", type=Path, help="score these class maps instead: ID.npz of ours or ID/CLASS.npy")

@@ -224,7 +224,7 @@ def look(model, image, crop, scales, device, amp):
     The attention map is the mean of each column of A*: what all places together take from that one.
     """
     sides = [max(STRIDE, round(crop * scale / STRIDE) * STRIDE) for scale in scales]
-    photos = [bnr.square(side)(image)[None].to(device) for side in sides]
+    photos = [data.square(side)(image)[None].to(device) for side in sides]
     maps = bnr.multi_scale(model, photos, None, ("plain", "refined"), device, amp)
     attn, cam, z = attention_of(model, image, crop, device)
     found = {kind: [scale[0] for scale in found] for kind, found in maps.items()}
@@ -234,7 +234,7 @@ def look(model, image, crop, scales, device, amp):
 @torch.inference_mode()
 def attention_of(model, image, crop, device):
     """-> A* (N, N), M (K, h, w), z (K,) of a photo at the size of the crop"""
-    cam, z, qks = bnr.forward(model, bnr.square(crop)(image)[None].to(device))
+    cam, z, qks = bnr.forward(model, data.square(crop)(image)[None].to(device))
     attn = bnr.sum_over_blocks([bnr.mean_over_heads(bnr.attention(q, k)) for q, k in qks])
     return attn[0].cpu(), cam[0].cpu(), z[0].cpu()
 

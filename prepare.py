@@ -21,9 +21,10 @@ from torchvision.datasets.utils import download_url
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
+from commands import Commands, whole
 from data import VOID, DataSet, find_photos, photo_id, read_image, read_mask, require, write_mask
-from engine import Commands, in_processes, peak_memory
-from stage import InputError, is_whole, read_json, read_lines, read_text, whole, write, write_json, write_lines
+from engine import in_processes, peak_memory
+from stage import InputError, is_whole, read_json, read_lines, read_text, write, write_json, write_lines
 from toy import TOY_CLASSES, toy_picture
 
 LISTED = 20  # problems that `check` tells at most

@@ -17,9 +17,10 @@ from torchvision.transforms import v2
 import data
 import engine
 import seeds
+from commands import Commands, above, real, whole
 from crf import CRF_LABELS, crf_from_labels
 from resnet38 import NARROW, add_network_flags, freeze_batch_norm, make_backbone, make_optimizer, place, start_network
-from stage import FlagError, above, real, whole
+from stage import FlagError
 
 PRESETS = {
     "voc": {},
@@ -333,7 +334,7 @@ def load_affinitynet(path, device):
 def walk(args):
     """Random walk of the seeds, CRF -> OUT/pseudo_labels/ID.png"""
     dataset = data.DataSet(args.data)
-    ids = list(dict.fromkeys(dataset.ids("train_aug") + dataset.ids("train", required=False)))
+    ids = dataset.ids_of_seeds()
     run = stage.Stage(args, "pseudo_labels", reads=("cams", "affinitynet"), data=dataset.digest, ignore=("seed",))
     todo = run.todo(ids, ".png")
     if run.is_done(todo):
@@ -362,7 +363,7 @@ def walk(args):
 
 
 def main():
-    commands = engine.Commands(__doc__, PRESETS)
+    commands = Commands(__doc__, PRESETS)
     parser = commands.add(labels, "affinity labels from seeds")
     parser.add_argument("--foreground", type=real(0, 1), default=0.60, help="seed threshold of sure foreground")
     parser.add_argument("--background", type=real(0, 1), default=0.25, help="seed threshold of sure background")

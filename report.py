@@ -21,7 +21,7 @@ from PIL import Image
 
 import data
 import pictures
-from engine import Commands
+from commands import Commands, real, whole
 from evaluate import THRESHOLDS
 from page import write_page
 
@@ -325,30 +325,30 @@ def main():
     show.add_argument("--weights", type=Path, help="a classifier (default: OUT/classifier.pth)")
     show.add_argument("--classes", nargs="+", metavar="NAME", help="classes to draw (default: of probability over 0.5)")
     draw = commands.add(figures, "draw the paper's figures from the runs at hand")
-    draw.add_argument("--place", type=stage.real(0, 1), nargs=2, metavar=("X", "Y"),
+    draw.add_argument("--place", type=real(0, 1), nargs=2, metavar=("X", "Y"),
                       help="place of Figure 5, shares of width and height (default: the middle of the objects)")
     table = commands.add(tables, "print Tables 1-5, ours beside the paper's")
     html = commands.add(page, "make one HTML file of a run")
-    html.add_argument("--photos", type=stage.whole(1), default=400, help="of a split at most: the worst 20, and others")
-    html.add_argument("--side", type=stage.whole(16), default=320, help="of a photo's longer side, pixels")
+    html.add_argument("--photos", type=whole(1), default=400, help="of a split at most: the worst 20, and others")
+    html.add_argument("--side", type=whole(16), default=320, help="of a photo's longer side, pixels")
     run = commands.add(results, "run all stages of the rows of Table 5")
     rows = list(LOSSES)[:-1]
     run.add_argument("--rows", nargs="+", choices=rows, default=rows, help="of Table 5; an untrained one is added")
     run.add_argument("--further", nargs="*", choices=rows, default=["transcam", "noise-x1"],
                      help="rows that go on to pseudo labels and segmenter")
-    run.add_argument("--gpus", type=stage.whole(1), default=1, help="processes of torchrun")
+    run.add_argument("--gpus", type=whole(1), default=1, help="processes of torchrun")
     for step, command in STEPS.items():
         run.add_argument(f"--{step}-flags", default="", metavar="FLAGS",
                          help=f'more flags of {" ".join(command)}, as --{step}-flags="--seed 1"')
     for parser in (show, draw):
         parser.add_argument("--ids", nargs="+", help="photos of the data set (default: the first of the list)")
-        parser.add_argument("--first", type=stage.whole(1), default=4, help="only so many of them")
-        parser.add_argument("--height", type=stage.whole(16), default=160, help="of a picture, pixels")
+        parser.add_argument("--first", type=whole(1), default=4, help="only so many of them")
+        parser.add_argument("--height", type=whole(16), default=160, help="of a picture, pixels")
     for parser in (show, html):
-        parser.add_argument("--threshold", type=stage.real(0, 1),
+        parser.add_argument("--threshold", type=real(0, 1),
                             help="of the seeds (default: the best that evaluate.py found, else 0.4)")
     for parser in (draw, table, html, run):
-        parser.add_argument("--seeds", type=stage.whole(0), nargs="+", default=[0, 1, 2], help="of the runs")
+        parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="of the runs")
     for parser in (table, run):
         parser.add_argument("--into", type=Path, metavar="FILE",
                             help="write the tables between its <!-- rows of NAME --> and <!-- end of NAME -->")

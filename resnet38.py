@@ -2,7 +2,6 @@
 
 The networks, their weight files (MXNet's .params, PSA's or SEAM's .pth, torchvision's), and PSA's optimizer.
 """
-import argparse
 import math
 import re
 from pathlib import Path
@@ -13,8 +12,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
+from commands import add_training_flags, real, whole
 from engine import load_weights, read_weights
-from stage import InputError, digest, real, whole
+from stage import InputError, digest
 
 RESNET38 = "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"  # its ImageNet weights
 MXNET_NAMES = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_var": "running_var"}
@@ -271,12 +271,9 @@ def add_network_flags(parser):
     parser.add_argument("--width", type=whole(1), default=64, help="channels of ResNet-38's stem; 64 is published")
     parser.add_argument("--resnet38", type=Path, help="its ImageNet weights: MXNet's .params, or PSA's .pth")
     parser.add_argument("--backbone-weights", type=Path, help="file for resnet50 or resnet101 (default: torchvision's)")
-    parser.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False,
-                        help="start without weights")
     parser.add_argument("--dropout", type=real(0, 1), default=1.0, help="factor on the published dropout rates")
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
                         help="adamw is ours, for short trainings")
     parser.add_argument("--crop", type=whole(16), default=448, help="side of the square crops, pixels")
     parser.add_argument("--weight-decay", type=real(0), default=5e-4, help="on weights, not on biases")
-    parser.add_argument("--micro-batch", type=whole(0), default=0,
-                        help="images at a time through the network, 0: the batch at once")
+    add_training_flags(parser)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from stage import InputError, write
+from data import DataSet
+from stage import InputError, read_record, write
 
 UNREADABLE = (OSError, ValueError, LookupError, EOFError, RuntimeError, TypeError, MemoryError, SyntaxError,
               zipfile.BadZipFile, zlib.error)  # of numpy, and of maps that are none
@@ -86,3 +87,13 @@ def read_seeds(path, name="refined"):
         winner = read_seeds(path, "plain")[1].argmax(0)
         cams = np.stack([np.where(winner == k, cams[0], 0) for k in range(len(classes))])
     return classes, cams
+
+
+def export(args):
+    """Write the seeds of every photo as DIR/ID/CLASS.npy, float32 (H, W) in [0, 1], for other people's code."""
+    dataset, folder = DataSet(args.data), args.out / "cams"
+    read_record(args.out, "cams")
+    for path in sorted(folder.rglob("*.npz")):
+        for c, cam in zip(*read_seeds(path)):
+            to = args.to / path.relative_to(folder).with_suffix("") / f"{dataset.classes[c - 1]}.npy"
+            write(to, lambda file, cam=cam: np.save(file, cam))

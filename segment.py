@@ -5,7 +5,6 @@
     python segment.py submit    OUT/segmenter.pth    -> OUT/results.tar.gz, VOC's test list for the evaluation server
     python segment.py predict PHOTO_OR_FOLDER ...    -> OUT/predictions/ID.png and ID_overlay.png, of any photos
 """
-import argparse
 import tarfile
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 import data
 import engine
+from commands import Commands, Range, above, whole
 from crf import CRF_SCORES, dense_crf
 from resnet38 import NARROW, add_network_flags, freeze_batch_norm, make_backbone, make_optimizer, place, start_network
-from stage import InputError, above, whole
+from stage import InputError
 
 PRESETS = {
     "voc": {},
@@ -261,21 +261,20 @@ def submit(args):
 def add_test_flags(parser):
     parser.add_argument("--scales", type=above(0), nargs="+", default=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
                         help="of the photo")
-    parser.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True, help="refine by the dense CRF")
+    parser.switch("--crf", "refine by the dense CRF", default=True)
 
 
 def main():
-    commands = engine.Commands(__doc__, PRESETS)
+    commands = Commands(__doc__, PRESETS)
     parser = commands.add(train, "train DeepLab on the pseudo labels")
     add_network_flags(parser)
     parser.add_argument("--labels", type=Path, help="train on this folder of index PNGs instead of OUT/pseudo_labels")
     parser.add_argument("--iterations", type=whole(0), default=20000, help="optimizer steps")
     parser.add_argument("--batch-size", type=whole(1), default=10, help="crops a step")
     parser.add_argument("--lr", type=above(0), default=1e-3, help="of SGD; falls as (1 - i/(max+1))^0.9")
-    parser.add_argument("--scale-range", type=above(0), nargs=2, action=stage.Range, default=(0.5, 1.5),
+    parser.add_argument("--scale-range", type=above(0), nargs=2, action=Range, default=(0.5, 1.5),
                         help="of the photo, in training")
-    parser.add_argument("--freeze-bn", action=argparse.BooleanOptionalAction, default=False,
-                        help="keep the backbone's BatchNorm as it is, for small batches and short runs")
+    parser.switch("--freeze-bn", "keep the backbone's BatchNorm as it is, for small batches and short runs")
     parser = commands.add(submit, "masks of VOC's test list, packed for its server")
     parser.add_argument("--split", default="test", help="list in ImageSets/Segmentation")
     add_test_flags(parser)

@@ -1,16 +1,14 @@
-"""Around a stage's work: files written whole, text read with a clear error, flags' types, and the record of a stage.
+"""Around a stage's work: files written whole, text read with a clear error, and the record of a stage.
 
 A stage (classifier, cams, ...) leaves OUT/NAME.pth or the folder OUT/NAME/, and its record OUT/NAME.json: settings,
 inputs, seconds. Until it is complete all of it stands under NAME.part, and an earlier result stays until then.
 Knows nobody; imported before torch, so that Ctrl-C is one line from the first second on.
 """
-import argparse
 import contextlib
 import errno
 import functools
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -178,50 +176,6 @@ def _runs(process):
     except PermissionError:
         pass  # somebody else's
     return True
-
-
-# ---------------------------------------------------------------- flags
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a flag."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
-
-
-def _number(kind, says, fits):
-    def read(text):
-        with contextlib.suppress(ValueError, OverflowError):
-            if fits(value := kind(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"{text} is no {says}")
-    return read
-
-
-def whole(low, high=None):
-    """An integer in [low, high]."""
-    says = f"whole number from {low}{f' to {high}' if high is not None else ' on'}"
-    return _number(int, says, lambda value: low <= value and (high is None or value <= high))
-
-
-def real(low, high=None):
-    """A finite number in [low, high]."""
-    says = f"number from {low}{f' to {high}' if high is not None else ' on'}"
-    return _number(float, says, lambda value: low <= value < math.inf and (high is None or value <= high))
-
-
-def above(low):
-    """A finite number greater than `low`."""
-    return _number(float, f"number above {low}", lambda value: low < value < math.inf)
-
-
-class Range(argparse.Action):
-    """Two numbers, the first no greater than the second."""
-
-    def __call__(self, parser, args, values, flag=None):
-        if values[0] > values[1]:
-            parser.error(f"argument {flag}: {values[0]} is more than {values[1]}")
-        setattr(args, self.dest, tuple(values))
 
 
 # ---------------------------------------------------------------- records

@@ -483,7 +483,7 @@ def bf16(args):
     for name, labels in zip(ids, dataset.labels(ids)):
         photo, own = data.read_image(dataset.image(name)), labels.nonzero()[:, 0]
         sides = [round(network["crop"] * scale / conformer.STRIDE) * conformer.STRIDE for scale in scales]
-        photos, found = [bnr.square(side)(photo)[None].to(args.device) for side in sides], {}
+        photos, found = [data.square(side)(photo)[None].to(args.device) for side in sides], {}
         for amp in (False, True):
             maps = bnr.multi_scale(model, photos, labels[None], ["refined"], args.device, amp)["refined"]
             found[amp] = seeds.combine_scales([scale[0, own] for scale in maps], photo.size[::-1]).numpy()

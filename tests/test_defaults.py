@@ -62,6 +62,26 @@ def test_flags_of_voc_and_coco_have_the_published_defaults(monkeypatch, command,
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("script, commands", [
+    ("bnr", "train cams export"), ("psa", "labels train walk"), ("segment", "train predict submit"), ("evaluate", ""),
+    ("prepare", "toy voc coco check"), ("report", "show figures tables page results")])
+def test_help_names_each_default_once_and_no_none(script, commands):
+    for command in commands.split() or [None]:
+        flags = run(f"{script}.py", *filter(None, [command]), "--help").split("\n  --")
+        assert len(flags) > 1 and not [flag for flag in flags if "None" in flag or flag.count("(default") > 1]
+        assert script == "prepare" or any(flag.startswith("preset") and "(default: toy)" in flag for flag in flags)
+
+
+@pytest.mark.parametrize("flags, crop", [
+    ((), 96), (("--preset", "voc"), 512), (("--preset=small",), 160), (("--data", "x"), 512), (("--out", "out"), 160)])
+def test_help_shows_the_defaults_of_the_preset_that_would_be_taken(monkeypatch, tmp_path, flags, crop):
+    monkeypatch.chdir(tmp_path)
+    record = {"id": "", "done": True, "seconds": 0, "settings": {}, "inputs": {}, "data": "x", "preset": "small"}
+    stage.write_json(tmp_path / "out" / "classifier.json", record)
+    said = " ".join(run("bnr.py", "train", *flags, "--help").split())
+    assert f"square training crops, pixels (default: {crop})" in said
+
+
 def capture(monkeypatch, tmp_path, command, *flags):
     """What a training of 40 photos, with these flags, gives `engine.fit`."""
     found = []
