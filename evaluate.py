@@ -107,11 +107,12 @@ def read_any_seeds(folder, name, class_names, kind):
     if (folder / f"{name}.npy").is_file():
         raise InputError(f"{folder / name}.npy is a pickle, which can run any code when read: docs/formats.md "
                          "shows how to make DIR/ID/CLASS.npy of files that you trust")
+    if not (folder / name).is_dir():
+        raise InputError(f"no class maps of {name} in {folder}: neither {name}.npz nor {name}/CLASS.npy")
     paths = [folder / name / f"{label}.npy" for label in class_names]
     have = [n for n, path in enumerate(paths) if path.is_file()]
-    if not (folder / name).is_dir() or len(have) < len(list((folder / name).glob("*.npy"))):
-        raise InputError(f"no class maps of {name} in {folder}: neither {name}.npz nor {name}/CLASS.npy of the classes "
-                         + " ".join(class_names))
+    if stray := sorted(set((folder / name).glob("*.npy")) - set(paths)):  # perhaps a class misspelt
+        raise InputError(f"{stray[0]} is of none of the classes {' '.join(class_names)}: rename it, or move it away")
     try:
         maps = [np.load(paths[n], allow_pickle=False).astype(np.float32) for n in have]
         maps = np.stack(maps) if maps else np.zeros((0, 1, 1), np.float32)
@@ -153,6 +154,19 @@ def score_seeds(dataset, ids, folder, workers, kind):
     jobs = [(dataset.mask(name), folder, name, dataset.classes, kind) for name in ids]
     found = best_threshold(_score(_score_seeds, jobs, workers, f"{kind} seeds"))
     return {"threshold": f"{found['best']:.2f} (best)", "crf": "no", **found}
+
+
+def say_strays(folder, ids):
+    """Name what lies beside the class maps of these photos, and that it is not looked at."""
+    known, strays = set(ids), []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        of = {".npz": name.with_suffix(""), ".npy": name.parent}.get(path.suffix)
+        if of is None or of.as_posix() not in known:
+            strays.append(path)
+    if strays:
+        print(f"{len(strays)} files in {folder} are no class maps of these {len(ids)} photos and are left out, "
+              f"first {strays[0]}")
 
 
 def score_floor(dataset, ids, workers):
@@ -223,6 +237,7 @@ def evaluate(args):
     if args.masks or args.seeds:
         ids, rows = dataset.ids(args.split), []
         if args.seeds:
+            say_strays(args.seeds, ids)
             found = score_seeds(dataset, ids, args.seeds, args.workers, "refined")
             rows.append({"stage": args.seeds.name, "split": args.split, "n": len(ids), **found})
         if args.masks:

@@ -137,6 +137,15 @@ def test_anybodys_masks_and_class_maps_are_scored_alike(done, tmp_path):
     run("bnr.py", "export", "--out", out, "--to", tmp_path / "npy")  # the data set is that of the run
     assert f"{rows['refined seeds']['miou']:.2f}" in run(*where, "--seeds", tmp_path / "npy")
     name = data.DataSet(toy).ids("train")[0]
+    (tmp_path / "npy" / "README").touch()
+    (tmp_path / "npy" / "other").mkdir()
+    np.save(tmp_path / "npy/other/cat.npy", np.zeros((2, 2)))
+    said = run(*where, "--seeds", tmp_path / "npy")
+    assert f"{rows['refined seeds']['miou']:.2f}" in said and "left out" not in run(*where, "--seeds", out / "cams")
+    assert f"2 files in {tmp_path}/npy are no class maps of these 24 photos and are left out, first " in said
+    assert f"left out, first {tmp_path}/npy/README\n" in said
+    np.save(tmp_path / "npy" / name / "unicorn.npy", np.zeros((2, 2)))
+    assert f"{name}/unicorn.npy is of none of the classes cat rabbit" in refused(*where, "--seeds", tmp_path / "npy")
     shutil.rmtree(tmp_path / "npy" / name)
     assert f"no class maps of {name}" in refused(*where, "--seeds", tmp_path / "npy")
     np.save(tmp_path / "npy" / f"{name}.npy", {0: np.zeros((2, 2))})
