@@ -208,13 +208,14 @@ def fit(stage, model, optimizer, batches, loss_of, steps, network, schedule=lamb
             step += 1
             progress.update(batches.batch_size)
             ends = step == steps or step % batches.per_epoch == 0
-            if not ends and len(block) < LOG_STEPS:
+            due = time.time() - saved_at > SAVE_SECONDS
+            if not ends and len(block) < LOG_STEPS and (WORLD > 1 or not due):  # several must log at the same step
                 continue
             lr = optimizer.param_groups[0]["lr"]
             _log(stage, batches, block, step, steps, time.time() - block_at, lr, progress)
             if ends:
                 look()
-            if step == steps or time.time() - saved_at > SAVE_SECONDS:
+            if step == steps or due:
                 save()
                 saved_at = time.time()
             block, block_at = [], time.time()

@@ -1,7 +1,9 @@
 """The training loop, weight files, and the pool of processes."""
 import argparse
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +107,21 @@ def test_a_killed_run_goes_on_and_equals_one_that_never_stopped(tmp_path, monkey
     logged = [line["step"] for line in log(tmp_path / "killed")]
     assert logged[:step] == list(range(1, step + 1))
     assert logged[step:] == ([3, 6] if step < 3 else [6])  # none of the steps twice
+
+
+@pytest.mark.parametrize("world, steps", [(1, [7, 14, 15]), (2, [10, 15])])
+def test_one_process_writes_a_checkpoint_without_waiting_for_a_line_of_the_log(tmp_path, monkeypatch, world, steps):
+    saved, plain, clock = [], engine.write, itertools.count(0, 40)  # seconds from look to look: 300 within 7 steps
+
+    def write(path, save, sync=False):
+        plain(path, save, sync)
+        saved.append(torch.load(path, weights_only=True)["step"])
+
+    monkeypatch.setattr(engine, "time", SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(engine, "write", write)
+    monkeypatch.setattr(engine, "WORLD", world)
+    fit(tmp_path, 1, batch_size=1, micro_batch=1)
+    assert saved == steps == [line["step"] for line in log(tmp_path)]
 
 
 def test_more_epochs_of_a_finished_run_go_on_from_it(tmp_path, monkeypatch):
