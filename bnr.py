@@ -217,7 +217,7 @@ def train(args):
 
     network = {"arch": args.arch, "classes": dataset.classes, "crop": args.crop}
     engine.fit(run, model, optimizer, batches, loss_of, args.epochs * batches.per_epoch, network, watch=watch)
-    engine.finish(run, map=average_precision(model, dataset, args))
+    engine.finish(run, map=average_precision(model, dataset, args) if stage.RANK == 0 else None)
 
 
 @torch.inference_mode()
