@@ -364,8 +364,8 @@ def main():
     both = commands.add(train, "train the classifier"), commands.add(cams, "export the seeds")
     for parser in both:
         parser.add_argument("--arch", choices=ARCHS, default="small", help="Conformer; small is the paper's")
-        parser.add_argument("--crop", type=whole(STRIDE), default=512, help="side of the square training crops, pixels")
-        parser.add_argument("--batch-size", type=whole(1), default=8, help="photos a step")
+        parser.add_argument("--crop", type=whole(STRIDE, 4096), default=512, help="side of the square crops, pixels")
+        parser.add_argument("--batch-size", type=whole(1, 4096), default=8, help="photos a step")
     parser = both[0]
     parser.add_argument("--loss", choices=("bnr", "transcam"), default="bnr", help="eq. 9, or L_cls alone: TransCAM")
     parser.add_argument("--noise", type=noise_factor, default=1.0, help="factor of eq. 6; none: M* itself in the loss")
@@ -379,12 +379,12 @@ def main():
     parser.add_argument("--head-lr", type=above(0), default=1.0, help="factor on --lr for the two heads")
     parser.add_argument("--transformer-lr", type=real(0), default=1.0, help="factor on --lr for the transformer branch")
     parser.add_argument("--weight-decay", type=real(0), default=5e-4, help="on every parameter")
-    parser.add_argument("--long-side", type=whole(1), nargs=2, action=Range, default=(320, 640),
+    parser.add_argument("--long-side", type=whole(1, 8192), nargs=2, action=Range, default=(320, 640),
                         help="range of the longer side, pixels")
     parser = both[1]
     parser.add_argument("--weights", type=Path, help="a TransCAM classifier instead of OUT/classifier.pth")
     parser.add_argument("--split", help="list to export (default: all photos that later stages read)")
-    parser.add_argument("--scales", type=above(0), nargs="+", default=(0.5, 1.0, 1.5), help="of the crop")
+    parser.add_argument("--scales", type=above(0, 8), nargs="+", default=(0.5, 1.0, 1.5), help="of the crop")
     parser.switch("--plain", "plain CAMs (M) too")
     parser.switch("--eigen", "Eigen-CAM too")
     parser = commands.add(seeds.export, "our seeds for other people's code")

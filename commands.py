@@ -25,30 +25,30 @@ WAIT = timedelta(hours=2)  # of the other processes while the first one scores
 
 # ---------------------------------------------------------------- types of flags
 
-def _number(kind, says, fits):
+def _number(kind, says, fits, high):
+    says += f" and at most {high}" if high < math.inf else ""
+
     def read(text):
         with contextlib.suppress(ValueError, OverflowError):
-            if fits(value := kind(text)):
+            if fits(value := kind(text)) and value <= high and value < math.inf:
                 return value
         raise argparse.ArgumentTypeError(f"{text} is no {says}")
     return read
 
 
-def whole(low, high=None):
+def whole(low, high=math.inf):
     """An integer in [low, high]."""
-    says = f"whole number from {low}{f' to {high}' if high is not None else ' on'}"
-    return _number(int, says, lambda value: low <= value and (high is None or value <= high))
+    return _number(int, f"whole number of at least {low}", lambda value: low <= value, high)
 
 
-def real(low, high=None):
+def real(low, high=math.inf):
     """A finite number in [low, high]."""
-    says = f"number from {low}{f' to {high}' if high is not None else ' on'}"
-    return _number(float, says, lambda value: low <= value < math.inf and (high is None or value <= high))
+    return _number(float, f"number of at least {low}", lambda value: low <= value, high)
 
 
-def above(low):
-    """A finite number greater than `low`."""
-    return _number(float, f"number above {low}", lambda value: low < value < math.inf)
+def above(low, high=math.inf):
+    """A finite number in (low, high]."""
+    return _number(float, f"number above {low}", lambda value: low < value, high)
 
 
 class Range(argparse.Action):
@@ -110,7 +110,7 @@ class Commands:
                             "that of the run in --out, or toy for data/toy, else voc")
         parser.add_argument("--device", help="cuda or cpu (default: cuda where it works)")
         parser.add_argument("--seed", type=whole(0, 2 ** 32 - 1), default=0, help="of all random numbers")
-        parser.add_argument("--workers", type=whole(0), default=min(8, os.cpu_count() or 1),
+        parser.add_argument("--workers", type=whole(0, 256), default=min(8, os.cpu_count() or 1),
                             help="processes that load photos or run the CRF")
         parser.switch("--amp", "mixed precision (default: on cuda)", default=None)
         parser.switch("--deterministic", "the same bytes again on cuda too, more slowly")
@@ -124,15 +124,18 @@ class Commands:
             if "preset" in args:
                 _prepare(args)
             args.function(args)
-        except torch.cuda.OutOfMemoryError:
-            sys.exit(f"error: the card has too little memory after {peak_memory():.1f} GB: try --micro-batch in "
-                     "training, a smaller --batch-size in cams, smaller photos or --scales in predict")
         except FlagError as error:
             args.parser.error(str(error))
         except InputError as error:  # from a loader's worker the message comes with a traceback in front
             sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("stage.InputError: "))
         except BrokenProcessPool:
             sys.exit("error: a worker process died, for want of memory perhaps: try fewer --workers")
+        except (MemoryError, RuntimeError) as error:
+            card = isinstance(error, torch.cuda.OutOfMemoryError)
+            if not card and isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            sys.exit(f"error: the {'card' if card else 'machine'} has too little memory after {peak_memory():.1f} GB: "
+                     "try --micro-batch in training, a smaller --batch-size in cams, smaller photos or --scales in predict")
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise

@@ -387,7 +387,7 @@ def main():
     parser.add_argument("--sbd", type=Path, help="folder with SBD's train.txt and val.txt")
     parser = commands.add(coco, "prepare MS COCO 2014", common=False)
     parser.add_argument("--root", type=Path, required=True, help="folder with train2014, val2014 and annotations")
-    parser.add_argument("--workers", type=whole(0), default=min(8, os.cpu_count() or 1), help="that draw the masks")
+    parser.add_argument("--workers", type=whole(0, 256), default=min(8, os.cpu_count() or 1), help="drawing masks")
     parser = commands.add(check, "look for what would break a stage", common=False)
     parser.add_argument("--data", type=Path, default=Path("data/toy"), help="data set in VOC layout or labels.txt")
     commands.run()

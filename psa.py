@@ -370,7 +370,7 @@ def main():
     parser = commands.add(train, "train AffinityNet")
     add_network_flags(parser)
     parser.add_argument("--epochs", type=whole(0), default=8, help="passes over train_aug")
-    parser.add_argument("--batch-size", type=whole(1), default=8, help="crops a step")
+    parser.add_argument("--batch-size", type=whole(1, 4096), default=8, help="crops a step")
     parser.add_argument("--lr", type=above(0), default=0.01, help="of SGD; falls as (1 - i/max)^0.9")
     parser.add_argument("--momentum", type=real(0, 1), default=0.0, help="0: what the published optimizer really did")
     parser = commands.add(walk, "random walk: seeds to pseudo labels")

@@ -330,7 +330,7 @@ def main():
     table = commands.add(tables, "print Tables 1-5, ours beside the paper's")
     html = commands.add(page, "make one HTML file of a run")
     html.add_argument("--photos", type=whole(1), default=400, help="of a split at most: the worst 20, and others")
-    html.add_argument("--side", type=whole(16), default=320, help="of a photo's longer side, pixels")
+    html.add_argument("--side", type=whole(16, 4096), default=320, help="of a photo's longer side, pixels")
     run = commands.add(results, "run all stages of the rows of Table 5")
     rows = list(LOSSES)[:-1]
     run.add_argument("--rows", nargs="+", choices=rows, default=rows, help="of Table 5; an untrained one is added")
@@ -343,7 +343,7 @@ def main():
     for parser in (show, draw):
         parser.add_argument("--ids", nargs="+", help="photos of the data set (default: the first of the list)")
         parser.add_argument("--first", type=whole(1), default=4, help="only so many of them")
-        parser.add_argument("--height", type=whole(16), default=160, help="of a picture, pixels")
+        parser.add_argument("--height", type=whole(16, 4096), default=160, help="of a picture, pixels")
     for parser in (show, html):
         parser.add_argument("--threshold", type=real(0, 1),
                             help="of the seeds (default: the best that evaluate.py found, else 0.4)")

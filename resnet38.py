@@ -268,12 +268,12 @@ def add_network_flags(parser):
     """Flags of the two trainings that start from ResNet-38 or a stand-in."""
     parser.add_argument("--backbone", choices=("resnet38", "resnet50", "resnet101"), default="resnet38",
                         help="resnet38 is the published one")
-    parser.add_argument("--width", type=whole(1), default=64, help="channels of ResNet-38's stem; 64 is published")
+    parser.add_argument("--width", type=whole(1, 256), default=64, help="channels of ResNet-38's stem; 64 is published")
     parser.add_argument("--resnet38", type=Path, help="its ImageNet weights: MXNet's .params, or PSA's .pth")
     parser.add_argument("--backbone-weights", type=Path, help="file for resnet50 or resnet101 (default: torchvision's)")
     parser.add_argument("--dropout", type=real(0, 1), default=1.0, help="factor on the published dropout rates")
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
                         help="adamw is ours, for short trainings")
-    parser.add_argument("--crop", type=whole(16), default=448, help="side of the square crops, pixels")
+    parser.add_argument("--crop", type=whole(16, 4096), default=448, help="side of the square crops, pixels")
     parser.add_argument("--weight-decay", type=real(0), default=5e-4, help="on weights, not on biases")
     add_training_flags(parser)

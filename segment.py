@@ -259,7 +259,7 @@ def submit(args):
 
 
 def add_test_flags(parser):
-    parser.add_argument("--scales", type=above(0), nargs="+", default=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
+    parser.add_argument("--scales", type=above(0, 8), nargs="+", default=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
                         help="of the photo")
     parser.switch("--crf", "refine by the dense CRF", default=True)
 
@@ -270,9 +270,9 @@ def main():
     add_network_flags(parser)
     parser.add_argument("--labels", type=Path, help="train on this folder of index PNGs instead of OUT/pseudo_labels")
     parser.add_argument("--iterations", type=whole(0), default=20000, help="optimizer steps")
-    parser.add_argument("--batch-size", type=whole(1), default=10, help="crops a step")
+    parser.add_argument("--batch-size", type=whole(1, 4096), default=10, help="crops a step")
     parser.add_argument("--lr", type=above(0), default=1e-3, help="of SGD; falls as (1 - i/(max+1))^0.9")
-    parser.add_argument("--scale-range", type=above(0), nargs=2, action=Range, default=(0.5, 1.5),
+    parser.add_argument("--scale-range", type=above(0, 8), nargs=2, action=Range, default=(0.5, 1.5),
                         help="of the photo, in training")
     parser.switch("--freeze-bn", "keep the backbone's BatchNorm as it is, for small batches and short runs")
     parser = commands.add(submit, "masks of VOC's test list, packed for its server")

@@ -79,7 +79,7 @@ def test_help_shows_the_defaults_of_the_preset_that_would_be_taken(monkeypatch, 
     record = {"id": "", "done": True, "seconds": 0, "settings": {}, "inputs": {}, "data": "x", "preset": "small"}
     stage.write_json(tmp_path / "out" / "classifier.json", record)
     said = " ".join(run("bnr.py", "train", *flags, "--help").split())
-    assert f"square training crops, pixels (default: {crop})" in said
+    assert f"side of the square crops, pixels (default: {crop})" in said
 
 
 def capture(monkeypatch, tmp_path, command, *flags):

@@ -287,12 +287,18 @@ def test_ctrl_c_is_one_line_and_status_130(toy, tmp_path):
     assert said.endswith("stopped: the same command goes on from here\n")
 
 
-def test_a_full_card_is_told_in_one_line(monkeypatch):
+def full_card():
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+@pytest.mark.parametrize("work, what", [
+    (full_card, "card"), (lambda: torch.empty(10 ** 15), "machine"), (lambda: np.empty(10 ** 15), "machine")])
+def test_too_little_memory_is_told_in_one_line(monkeypatch, work, what):
     def train(args):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        work()
     monkeypatch.setattr(bnr, "train", train)
     said = run("bnr.py", "train", "--device", "cpu", status=1)
-    assert re.fullmatch(r"device: .*\nerror: the card has too little memory.*--micro-batch.*\n", said)
+    assert re.fullmatch(rf"device: .*\nerror: the {what} has too little memory.*--micro-batch.*\n", said)
 
 
 def test_a_partial_file_needs_partial_and_fresh_blocks_start_sharp(done, tmp_path):
@@ -363,7 +369,7 @@ def test_errors_are_one_line_of_a_process(tmp_path):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (("--loss", "mse"), "invalid choice: 'mse'"), (("--micro-batch", -1), "-1 is no whole number from 0 on"),
+    (("--loss", "mse"), "invalid choice: 'mse'"), (("--micro-batch", -1), "-1 is no whole number of at least 0"),
     (("--lr", 0), "0 is no number above 0"), (("--noise", "much"), "much is no number above 0"),
     (("--long-side", 9, 8), "9 is more than 8"), (("--crop", 100), "--crop 100 is no multiple of 16")])
 def test_a_wrong_flag_has_status_2_and_names_the_range(toy, flags, says):
