@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from engine import WORLD, peak_memory, pick_device, precision
-from stage import DISK_ERRORS, DISK_REMEDY, STAGES, FlagError, InputError, find_record, read_record_file
+from stage import DISK_ERRORS, DISK_REMEDY, STAGES, FlagError, InputError, NoDataSet, find_record, read_record_file
 
 WAIT = timedelta(hours=2)  # of the other processes while the first one scores
 
@@ -127,7 +127,10 @@ class Commands:
         except FlagError as error:
             args.parser.error(str(error))
         except InputError as error:  # from a loader's worker the message comes with a traceback in front
-            sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("stage.InputError: "))
+            line = str(error).strip().splitlines()[-1].removeprefix("stage.InputError: ")
+            if isinstance(error, NoDataSet) and self.recorded:
+                line += f"; the run in {args.out} was made from this folder: --data names its new place"
+            sys.exit(f"error: {line}")
         except BrokenProcessPool:
             sys.exit("error: a worker process died, for want of memory perhaps: try fewer --workers")
         except (MemoryError, RuntimeError) as error:
@@ -135,7 +138,7 @@ class Commands:
             if not card and isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
                 raise
             sys.exit(f"error: the {'card' if card else 'machine'} has too little memory after {peak_memory():.1f} GB: "
-                     "try --micro-batch in training, a smaller --batch-size in cams, smaller photos or --scales in predict")
+                     "try --micro-batch in training, a smaller --batch-size in cams, smaller photos or --scales")
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
@@ -150,10 +153,9 @@ class Commands:
         for flag in ("--data", "--out", "--preset"):
             where.add_argument(flag, type=Path if flag != "--preset" else None, nargs="?")
         typed, _ = where.parse_known_args()
-        folder, preset = typed.data, typed.preset
-        if folder is None:
-            folder, recorded = _run_in(typed.out)
-            preset = preset or recorded
+        record = _record_in(typed.out) if typed.out and not typed.data else {}
+        self.recorded = record.get("data")
+        folder, preset = typed.data or Path(self.recorded or "data/toy"), typed.preset or record.get("preset")
         if preset not in self.presets:
             preset = "toy" if folder.resolve() == Path("data/toy").resolve() else "voc"
         out = Path("out") / folder.resolve().name
@@ -170,11 +172,10 @@ def add_training_flags(parser):
                         help="images at a time through the network, 0: the batch at once")
 
 
-def _run_in(out):
-    """Data set and preset of the run in this folder, those of the toy set where there is none."""
-    paths = [out / f"{name}{ending}" for name in STAGES for ending in (".json", ".part.json")] if out else []
-    record = next(filter(None, map(read_record_file, paths)), {})
-    return Path(record.get("data") or "data/toy"), record.get("preset")
+def _record_in(out):
+    """The first record of the run in this folder, {} where there is none."""
+    paths = [out / f"{name}{ending}" for name in STAGES for ending in (".json", ".part.json")]
+    return next(filter(None, map(read_record_file, paths)), {})
 
 
 def _prepare(args):

@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.utils import draw_segmentation_masks
 
 from engine import WORLD, seed_of
-from stage import RANK, FlagError, InputError, read_lines, read_text, write
+from stage import RANK, FlagError, InputError, NoDataSet, read_lines, read_text, write
 
 VOID = 255  # mask value that never counts
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of RGB in [0, 1]
@@ -43,8 +43,8 @@ class DataSet:
         self.root = Path(root)
         voc, labels, names = self.root / "JPEGImages", self.root / "labels.txt", self.root / "classes.txt"
         if not (voc.is_dir() or labels.is_file()):
-            raise InputError(f"{self.root} is no data set: it has neither JPEGImages nor, beside photos, a labels.txt"
-                             f' (the toy set is drawn by "python prepare.py toy")')
+            raise NoDataSet(f"{self.root} is no data set: it has neither JPEGImages nor, beside photos, a labels.txt"
+                            f' (the toy set is drawn by "python prepare.py toy")')
         self.photos = voc if voc.is_dir() else self.root
         self._labels = {}
         for line in read_lines(labels) if labels.is_file() else ():

@@ -42,6 +42,10 @@ class InputError(Exception):
     """Something the user can mend. Shown as one line, exit status 1."""
 
 
+class NoDataSet(InputError):
+    """The folder of --data is none."""
+
+
 class FlagError(InputError):
     """Flags that do not go together. Exit status 2."""
 
