@@ -153,15 +153,19 @@ def augment(crop, long_side):
         data.to_tensor()])
 
 
+def fits(arch):
+    """How a message ends that tells which weight file fits."""
+    return ": no file is published for nano" if arch == "nano" else f": Conformer_{arch}_patch16.pth fits"
+
+
 def start_classifier(arch, num_labels, pretrained=None, partial=False, sharpness=60.0):
     """A Conformer with the weights of a file, but for its heads; transformer blocks that stay fresh start sharp."""
     model = Conformer(arch, num_labels)
     fresh = list(model.state_dict())
     if pretrained:
-        known = f": Conformer_{arch}_patch16.pth fits" if arch != "nano" else ": no file is published for nano"
-        state = engine.read_weights(pretrained, known)
-        known += "" if partial else "; --partial takes a file that lacks tensors"
-        fresh = engine.load_weights(model, state.get("model", state), pretrained, HEADS, partial, known)
+        state = engine.read_weights(pretrained, fits(arch))
+        hint = fits(arch) + ("" if partial else "; --partial takes a file that lacks tensors")
+        fresh = engine.load_weights(model, state.get("model", state), pretrained, HEADS, partial, hint)
     for name, block in model.blocks():
         if sharpness and f"{name}.attn.qkv.weight" in fresh:
             init_attention(block, sharpness)
@@ -194,7 +198,8 @@ def train(args):
     ids = dataset.ids("train_aug")
     labels, prepare = dict(zip(ids, dataset.labels(ids))), augment(args.crop, args.long_side)
     batches = data.Batches(data.Images(dataset.image, ids, lambda name, photo: (prepare(photo), labels[name])), args)
-    run = stage.Stage(args, "classifier", data=dataset.digest, grows="epochs")
+    run = stage.Stage(args, "classifier", data=dataset.digest, grows="epochs",
+                      fits={"pretrained": fits(args.arch)})
     if run.is_done():
         return
     model = start_classifier(args.arch, len(dataset.classes), args.pretrained, args.partial, args.sharpness)
@@ -323,12 +328,12 @@ def cams(args):
     dataset = data.DataSet(args.data)
     ids = dataset.ids(args.split) if args.split else dataset.ids_of_seeds()
     of_file = () if args.weights else ("arch", "crop")  # what the classifier of the run knows itself
+    hint = f": a TransCAM classifier on Conformer-{args.arch} fits" if args.weights else ""
     run = stage.Stage(args, "cams", reads=() if args.weights else ("classifier",), data=dataset.digest,
-                      ignore=("batch_size", "seed", *of_file))
+                      ignore=("batch_size", "seed", *of_file), fits={"weights": hint})
     todo = run.todo(ids, ".npz")
     if run.is_done(todo):
         return
-    hint = f": a TransCAM classifier on Conformer-{args.arch} fits" if args.weights else ""
     model, network = load_classifier(args.weights or args.out / "classifier.pth", dataset.num_classes, args.device,
                                      args.arch, args.crop, hint)
     todo = engine.share(run, todo)

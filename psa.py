@@ -19,7 +19,8 @@ import engine
 import seeds
 from commands import Commands, above, real, whole
 from crf import CRF_LABELS, crf_from_labels
-from resnet38 import NARROW, add_network_flags, freeze_batch_norm, make_backbone, make_optimizer, place, start_network
+from resnet38 import (FITS, NARROW, add_network_flags, freeze_batch_norm, make_backbone, make_optimizer, place,
+                      start_network)
 from stage import FlagError
 
 PRESETS = {
@@ -271,7 +272,7 @@ def train(args):
         return photo, label.as_subclass(torch.Tensor)[::STRIDE, ::STRIDE]
 
     batches = data.Batches(data.Images(dataset.image, ids, item), args)
-    run = stage.Stage(args, "affinitynet", reads=("affinity_labels",), data=dataset.digest)
+    run = stage.Stage(args, "affinitynet", reads=("affinity_labels",), data=dataset.digest, fits=FITS)
     if run.is_done():
         return
     data.require([folder / f"{name}.png" for name in ids], "affinity labels", ': run "make psa"')

@@ -17,6 +17,9 @@ from engine import load_weights, read_weights
 from stage import InputError, digest
 
 RESNET38 = "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"  # its ImageNet weights
+FITS = {  # of each flag, how a message ends that tells which file fits
+    "resnet38": f": {RESNET38}, or PSA's or SEAM's .pth, fits",
+    "backbone_weights": ": torchvision's resnet50 or resnet101 on ImageNet, as --backbone says, fits"}
 MXNET_NAMES = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_var": "running_var"}
 NARROW = {  # defaults of presets that train from scratch in little time
     "from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3}
@@ -125,8 +128,8 @@ def make_backbone(backbone, width=64, dropout=1.0):
 
 def load_backbone(backbone, name, path):
     """Load ImageNet weights of the network of this name: `path`, or those of torchvision where it is None."""
+    hint = FITS["resnet38" if name == "resnet38" else "backbone_weights"]
     if name == "resnet38":
-        hint = f": {RESNET38}, or PSA's or SEAM's .pth, fits"
         if not path:
             raise InputError(
                 f"no weights: RESNET38=FILE (--resnet38) takes {RESNET38}, the ResNet-38 of "
@@ -134,7 +137,6 @@ def load_backbone(backbone, name, path):
                 "FROM_SCRATCH=1 (--from-scratch) starts without")
         state = read_resnet38(path, hint)
     else:
-        hint = f": torchvision's {name} on ImageNet fits"
         path = path or fetch(name)
         state = read_weights(path, hint)
         state = state.get("model", state)

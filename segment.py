@@ -21,7 +21,8 @@ import data
 import engine
 from commands import Commands, Range, above, whole
 from crf import CRF_SCORES, dense_crf
-from resnet38 import NARROW, add_network_flags, freeze_batch_norm, make_backbone, make_optimizer, place, start_network
+from resnet38 import (FITS, NARROW, add_network_flags, freeze_batch_norm, make_backbone, make_optimizer, place,
+                      start_network)
 from stage import InputError
 
 PRESETS = {
@@ -127,7 +128,8 @@ def train(args):
         return augment(photo, label, args.scale_range, args.crop)
 
     batches = data.Batches(data.Images(dataset.image, ids, item), args)
-    run = stage.Stage(args, "segmenter", reads=() if args.labels else ("pseudo_labels",), data=dataset.digest)
+    reads = () if args.labels else ("pseudo_labels",)
+    run = stage.Stage(args, "segmenter", reads=reads, data=dataset.digest, fits=FITS)
     if run.is_done():
         return
     data.require([folder / f"{name}.png" for name in ids], "labels", "" if args.labels else ': run "make psa"')

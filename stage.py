@@ -184,12 +184,12 @@ def _runs(process):
 
 # ---------------------------------------------------------------- records
 
-def _settings(args, ignore):
+def _settings(args, ignore, fits):
     """What a result depends on: flags, weight files by their bytes, precision."""
     shown = {key: value for key, value in sorted(vars(args).items()) if key not in NO_SETTING | set(ignore)}
     for key, value in shown.items():
         if isinstance(value, Path) and not value.exists():
-            raise InputError(f"no file {value}, named by --{key.replace('_', '-')}")
+            raise InputError(f"no file {value}, named by --{key.replace('_', '-')}{fits.get(key, '')}")
     shown = {key: digest(value) if isinstance(value, Path) else value for key, value in shown.items()}
     return json.loads(json.dumps(shown))  # as it comes back from the file
 
@@ -261,10 +261,11 @@ class Stage:
     """One stage of a run: its settings and inputs, what of it is done, and where it works until it is complete.
 
     reads: stages whose results it takes; data: digest of the data set's lists and labels; ignore: flags that do not
-    change this result; grows: a flag of which more may be asked for later. It writes `pth`, or into `folder`.
+    change this result; grows: a flag of which more may be asked for later; fits: flag: how a message ends that tells
+    which file fits. It writes `pth`, or into `folder`.
     """
 
-    def __init__(self, args, name, reads=(), data=None, ignore=(), grows=None):
+    def __init__(self, args, name, reads=(), data=None, ignore=(), grows=None, fits={}):
         self.args, self.name, self.out = args, name, args.out
         self.what = STAGES.get(name, (name, name))[0]
         self.resumed = self.complete = False
@@ -279,7 +280,7 @@ class Stage:
         self.record = {
             "id": uuid.uuid4().hex, "done": False, "seconds": 0,
             "data": str(args.data.resolve()), "preset": args.preset,
-            "settings": {**_settings(args, ignore), "data_set": data},
+            "settings": {**_settings(args, ignore, fits), "data_set": data},
             "inputs": {source: read_record(args.out, source)["id"] for source in reads}}
         self._choose(grows)
         place = name if self.complete else f"{name}.part"

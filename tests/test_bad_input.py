@@ -499,6 +499,19 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
         (*stage("affinity"), "--no-from-scratch", "--resnet38", "w.params"),
         "w.params cannot be read as MXNet weights",
     ),
+    **{
+        f"no file of {flag}": (
+            NOTHING,
+            (*stage(name), "--fresh", "--no-from-scratch" if name != "cams" else "--plain", flag, "w.pth", *more),
+            f"no file w.pth, named by {flag}: {fits}",
+        )
+        for name, flag, fits, *more in (
+            ("train", "--pretrained", "Conformer_tiny_patch16.pth fits", "--arch", "tiny"),
+            ("cams", "--weights", "a TransCAM classifier on Conformer-nano fits"),
+            ("affinity", "--resnet38", "ilsvrc-cls_rna-a1_cls1000_ep-0001.params, or PSA's or SEAM's .pth, fits"),
+            ("segmenter", "--backbone-weights", "torchvision's resnet50 or resnet101 on ImageNet"),
+        )
+    },
     "no weights": (NOTHING, (*train, "--no-from-scratch"), "no weights: CONFORMER=FILE"),
     "NaN in classifier": (
         without("cams", spoilt("out/classifier.pth", nan)),

@@ -142,7 +142,7 @@ def test_a_data_set_is_known_by_its_lists_and_labels_not_by_its_path(here):
     for name in MAKES:
         assert "done already" in run(*STAGES[name], "--data", "moved", "--out", "out", *SMALL)
     Path("out/classifier.json").write_text(json.dumps({**record("train"), "data": str(here / "data")}))
-    says = f"error: {here}/data is no data set: .*; the run in out was made from this folder: --data names its new place"
+    says = f"error: {here}/data is no data set: .*; the run in out was made from this folder: --data names its new"
     for name in ("train", "evaluate"):
         assert re.match(says, refused(1, *STAGES[name], "--out", "out", *SMALL))
     assert "--data names" not in refused(1, *stage("cams"))
