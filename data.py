@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.utils import draw_segmentation_masks
 
@@ -181,6 +181,29 @@ def read_image(path):
         return image.convert("RGB")
     except UNREADABLE as error:
         raise InputError(f"cannot read {path}: {error}") from None
+
+
+def header_size(path, is_photo):
+    """(H, W) of an image file without reading its pixels; of a photo after the turn that its EXIF entry asks for."""
+    try:
+        with Image.open(path) as image:
+            turned = is_photo and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return image.size if turned else image.size[::-1]
+    except UNREADABLE as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def require_labels(dataset, ids, folder, what, again=""):
+    """InputError unless each photo has a label FOLDER/ID.png of its size. again: what makes them anew"""
+    paths, wrong = [folder / f"{name}.png" for name in ids], []
+    require(paths, what, again and f": {again}")
+    for name, path in zip(ids, paths):
+        (h, w), (H, W) = header_size(path, False), header_size(dataset.image(name), True)
+        if (h, w) != (H, W):
+            wrong.append(f"{path} is {w}x{h}, its photo {W}x{H}")
+    if wrong:
+        raise InputError(f"{wrong[0]}, the first of {len(wrong)} {what} of another size than their photos"
+                         + (again and f": delete them and {again}"))
 
 
 def read_mask(path, num_classes=None, size=None):

@@ -275,7 +275,7 @@ def train(args):
     run = stage.Stage(args, "affinitynet", reads=("affinity_labels",), data=dataset.digest, fits=FITS)
     if run.is_done():
         return
-    data.require([folder / f"{name}.png" for name in ids], "affinity labels", ': run "make psa"')
+    data.require_labels(dataset, ids, folder, "affinity labels", 'run "make psa"')
     net, network = start_network(lambda backbone: AffinityNet(backbone, frozen=not args.from_scratch), args)
     run.start()
     radius = radius_for(args.crop // STRIDE, args.crop // STRIDE)

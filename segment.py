@@ -132,7 +132,7 @@ def train(args):
     run = stage.Stage(args, "segmenter", reads=reads, data=dataset.digest, fits=FITS)
     if run.is_done():
         return
-    data.require([folder / f"{name}.png" for name in ids], "labels", "" if args.labels else ': run "make psa"')
+    data.require_labels(dataset, ids, folder, "labels", "" if args.labels else 'run "make psa"')
     batch_norm = "trained" if args.from_scratch else "frozen" if args.freeze_bn else "published"
     net, network = start_network(
         lambda backbone: DeepLab(backbone, dataset.num_classes, batch_norm, args.dropout), args)

@@ -563,6 +563,16 @@ def test_bad_files_are_named_in_one_line_and_nothing_is_lost(here, what):
     assert re.search(says, refused(1, *command))
 
 
+@pytest.mark.parametrize("name, folder", [("affinity", "affinity_labels"), ("segmenter", "pseudo_labels")])
+def test_labels_of_another_size_end_a_training_before_it_begins(here, name, folder):
+    without(name)()
+    for n in (3, 2):
+        picture(f"out/{folder}/toy_000{n}.png", (9, 9))()
+    line = refused(1, *stage(name))
+    assert re.search(f"{folder}/toy_0002.png is 9x9, its photo .*, the first of 2 .*: delete them and run", line)
+    assert not list(Path("out").glob(f"{MAKES[name]}*"))
+
+
 CLASSIFIER, CAMS, AFFINITY, SEGMENTER = (
     ("bnr.py", "train"),
     ("bnr.py", "cams"),

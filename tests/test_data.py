@@ -65,6 +65,24 @@ def test_photos_are_turned_as_exif_says_and_16_bits_scaled(tmp_path):
     assert np.array(data.read_image(tmp_path / "deep.png"))[0].tolist() == [[0] * 3, [1] * 3, [255] * 3]
 
 
+def test_labels_of_another_size_are_told_by_their_headers_and_turned_photos_by_their_turn(tmp_path):
+    dataset = data.DataSet(make_set(tmp_path, "abc", size=(20, 30)))
+    sideways, exif = Image.new("RGB", (30, 20)), Image.Exif()
+    exif[0x0112] = 8
+    sideways.save(dataset.image("c"), exif=exif)
+    for name in "abc":
+        data.write_mask(tmp_path / f"{name}.png", np.zeros((30, 20)))
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-20])  # the header is enough
+    data.require_labels(dataset, list("abc"), tmp_path, "labels")
+    data.write_mask(tmp_path / "b.png", np.zeros((9, 8)))
+    data.write_mask(tmp_path / "c.png", np.zeros((20, 30)))
+    says = "b.png is 8x9, its photo 20x30, the first of 2 labels of another size than their photos"
+    with pytest.raises(InputError, match=f"{says}$"):
+        data.require_labels(dataset, list("abc"), tmp_path, "labels")
+    with pytest.raises(InputError, match=f"{says}: delete them and do it again$"):
+        data.require_labels(dataset, list("abc"), tmp_path, "labels", "do it again")
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "LA", "1"])
 def test_photos_of_every_mode_load_as_rgb(tmp_path, mode):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")

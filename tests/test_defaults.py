@@ -93,7 +93,7 @@ def capture(monkeypatch, tmp_path, command, *flags):
     monkeypatch.setattr(stage, "Stage", lambda *args, **how: record)
     monkeypatch.setattr(engine, "fit", fit)
     monkeypatch.setattr(engine, "finish", lambda run, **results: None)
-    monkeypatch.setattr(data, "require", lambda *args: None)
+    monkeypatch.setattr(data, "require_labels", lambda *args: None)
     root = make_set(tmp_path, [f"{n:02d}" for n in range(43)])
     script, name = command.split()
     run(f"{script}.py", name, "--data", root, "--out", tmp_path / "out", "--device", "cpu", *flags)

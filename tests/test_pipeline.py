@@ -161,7 +161,8 @@ def test_the_segmenter_trains_on_anybodys_masks(done, tmp_path):
     assert "lacks 24 of 24 labels" in refused(*train, tmp_path, "--out", tmp_path / "new")
     shutil.copytree(out / "pseudo_labels", tmp_path / "foreign")
     name = data.DataSet(toy).ids("train")[0]
-    data.write_mask(tmp_path / "foreign" / f"{name}.png", np.full((9, 9), 77))
+    mask = data.read_mask(tmp_path / "foreign" / f"{name}.png")
+    data.write_mask(tmp_path / "foreign" / f"{name}.png", np.full_like(mask, 77))
     said = refused(*train, tmp_path / "foreign", "--out", tmp_path / "new")
     assert f"{name}.png has value 77, but there are 6 classes" in said
 
