@@ -36,10 +36,10 @@ class DataSet:
     """A folder in VOC layout, or one of photos with a labels.txt, whose lines then are train_aug and name the classes.
 
     Class 0 is background; `classes` names the K foreground classes 1..K. An id is a photo's path below the folder, less
-    its ending.
+    its ending. problems: a list that takes what is wrong with lines of labels.txt, which is an InputError without it.
     """
 
-    def __init__(self, root):
+    def __init__(self, root, problems=None):
         self.root = Path(root)
         voc, labels, names = self.root / "JPEGImages", self.root / "labels.txt", self.root / "classes.txt"
         if not (voc.is_dir() or labels.is_file()):
@@ -48,10 +48,15 @@ class DataSet:
         self.photos = voc if voc.is_dir() else self.root
         self._labels = {}
         for line in read_lines(labels) if labels.is_file() else ():
-            name, *classes = line.split()
-            name = photo_id(name, labels)
-            if set(self._labels.setdefault(name, classes)) != set(classes):
-                raise InputError(f"{labels} names {name} twice, with other classes")
+            text, *classes = line.split()
+            try:
+                name = photo_id(text, labels)
+                if set(self._labels.setdefault(name, classes)) != set(classes):
+                    raise InputError(f"{labels} names {name} twice, with other classes")
+            except InputError as error:
+                if problems is None:
+                    raise
+                problems.append(str(error))
         if names.is_file():
             self.classes = read_text(names).split()
         else:

@@ -330,7 +330,8 @@ def check_list(dataset, split, problems):
 
 def check(args):
     """Count a data set's files and name what would break a stage; exit status 1 if something would."""
-    dataset, problems, unlike, large = DataSet(args.data), [], [], []
+    problems, unlike, large = [], [], []
+    dataset = DataSet(args.data, problems)
     if collect(problems, getattr, dataset, "photo_of") is None:  # two of one id; the rest is looked at all the same
         paths = find_photos(dataset.photos)
         dataset.photo_of = {photo_id(path.relative_to(dataset.photos).as_posix()): path for path in paths}

@@ -474,9 +474,12 @@ def test_check_names_a_photo_listed_twice_also_with_other_classes(tmp_path):
     make_set(tmp_path)
     (tmp_path / "ImageSets/Segmentation/train_aug.txt").write_text("a\nb\na\n")
     assert problems_of(tmp_path) == [f"{tmp_path}/ImageSets/Segmentation/train_aug.txt names 1 ids twice, first a"]
-    (tmp_path / "labels.txt").write_text("a cat\nb cat\na dog\n")
-    said = run("prepare.py", "check", "--data", tmp_path, status=1)
-    assert "names a twice, with other classes" in said_in_one_line(said)
+    (tmp_path / "ImageSets/Segmentation/train_aug.txt").write_text("a\nb\n")
+    (tmp_path / "labels.txt").write_text("a cat\nb cat\na dog\n../c cat\nb cat\nb cat dog\n")
+    labels = tmp_path / "labels.txt"
+    assert problems_of(tmp_path) == [
+        f"{labels} names a twice, with other classes", f"{labels} has the id '../c', which would lead out of the folder",
+        f"{labels} names b twice, with other classes"]
 
 
 def test_check_misses_masks_of_train_and_val_only_where_there_are_masks(tmp_path):
