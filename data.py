@@ -65,20 +65,24 @@ class DataSet:
             raise InputError(f"{self.root} names {len(self.classes)} classes: 1 to {VOID - 1} are needed, each once")
         self.num_classes = 1 + len(self.classes)
 
+    def list_file(self, split):
+        """The file of a list, or None; a folder of photos with a labels.txt has that for train_aug and train."""
+        files = [self.root / "ImageSets" / "Segmentation" / f"{split}.txt"]
+        if split == "train_aug":
+            files.append(files[0].with_name("trainaug.txt"))
+        if self.photos == self.root and split in ("train_aug", "train"):
+            files.append(self.root / "labels.txt")
+        return next((file for file in files if file.is_file()), None)
+
     def ids(self, split, required=True):
-        """Ids of a list in ImageSets/Segmentation. Lines are "ID" or "/JPEGImages/ID.jpg /.../ID.png"."""
-        folder = self.root / "ImageSets" / "Segmentation"
-        names = [split] + (["trainaug"] if split == "train_aug" else [])
-        path = next((p for p in (folder / f"{name}.txt" for name in names) if p.is_file()), None)
+        """Ids of a list. Its lines are "ID" or "/JPEGImages/ID.jpg /.../ID.png"."""
+        path = self.list_file(split)
         if path is None:
-            if self.photos == self.root and split in ("train_aug", "train"):
-                path, ids = self.root / "labels.txt", list(self._labels)
-            elif required:
-                raise InputError(f"{folder} has no {split}.txt: one image id a line")
-            else:
-                return []
-        else:
-            ids = [photo_id(line.split()[0], path) for line in read_lines(path)]
+            if required:
+                raise InputError(f"{self.root}/ImageSets/Segmentation has no {split}.txt: one image id a line")
+            return []
+        own = path == self.root / "labels.txt"
+        ids = list(self._labels) if own else [photo_id(line.split()[0], path) for line in read_lines(path)]
         if required and not ids:
             raise InputError(f"{path} is empty: one image id a line")
         if len(set(ids)) < len(ids):

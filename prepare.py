@@ -96,24 +96,30 @@ def unpack(path, folder):
                 if member.name.startswith("/") or ".." in Path(member.name).parts:
                     raise InputError(f"{path} is refused: its member {member.name} is absolute or has .. in its path")
                 tarfile.data_filter(member, folder)  # refuses devices, and links that lead out
+            path.with_suffix(".unpacking").touch()
             archive.extractall(folder, filter="data")
+            path.with_suffix(".unpacking").unlink()
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"cannot unpack {path}: {error}") from None
 
 
-def fetch_archive(source, folder, needs):
-    """Download one of torchvision's archives (url, md5) and unpack it; InputError says what to put there by hand."""
+def find_or_fetch(file, places, source, root, needs):
+    """The first of these folders that has the file. The last one comes out of an archive of torchvision's (url, md5).
+
+    That is fetched and unpacked into `root` where no folder has the file, or where its unpacking was stopped.
+    """
+    archive = root / Path(source["url"]).name
+    *others, unpacked = places
+    for place in others if archive.with_suffix(".unpacking").exists() else places:
+        if place and (place / file).exists():
+            return place
     try:
-        download_url(source["url"], folder, md5=source["md5"])
+        download_url(source["url"], root, md5=source["md5"])
     except (OSError, RuntimeError, HTTPException) as error:
-        raise InputError(f"{folder} lacks {needs}, and {source['url']} cannot be fetched ({error}): "
+        raise InputError(f"{root} lacks {needs}, and {source['url']} cannot be fetched ({error}): "
                          "put it there by hand") from None
-    unpack(folder / Path(source["url"]).name, folder)
-
-
-def first_with(file, *folders):
-    """The first of these folders that has the file, or None."""
-    return next((folder for folder in folders if folder and (folder / file).exists()), None)
+    unpack(archive, root)
+    return unpacked
 
 
 def check_sizes(root, lists, sizes, what):
@@ -130,14 +136,11 @@ def voc(args):
 
     --root is the devkit's VOC2012 folder, or one that holds or gets VOCdevkit/VOC2012. Of SBD only two lists are read.
     """
-    places = args.root / "VOCdevkit" / "VOC2012", args.root
-    if not first_with("JPEGImages", *places):
-        fetch_archive(DATASET_YEAR_DICT["2012"], args.root, "VOCdevkit/VOC2012")
-    sbd_places = args.sbd, args.root / "sbd", args.root / "benchmark_RELEASE" / "dataset"
-    if not first_with("train.txt", *sbd_places):
-        source = {"url": SBDataset.url, "md5": SBDataset.md5}
-        fetch_archive(source, args.root, "benchmark_RELEASE/dataset/train.txt of SBD (or --sbd DIR)")
-    root, sbd = first_with("JPEGImages", *places), first_with("train.txt", *sbd_places)
+    places = args.root, args.root / "VOCdevkit" / "VOC2012"
+    root = find_or_fetch("JPEGImages", places, DATASET_YEAR_DICT["2012"], args.root, "VOCdevkit/VOC2012")
+    places = args.sbd, args.root / "sbd", args.root / "benchmark_RELEASE" / "dataset"
+    source, needs = {"url": SBDataset.url, "md5": SBDataset.md5}, "benchmark_RELEASE/dataset/train.txt of SBD"
+    sbd = find_or_fetch("train.txt", places, source, args.root, f"{needs} (or --sbd DIR)")
     dataset, more = DataSet(root), set()
     for path in (sbd / "train.txt", sbd / "val.txt"):
         more.update(photo_id(line.split()[0], path) for line in read_lines(path))
@@ -309,13 +312,7 @@ def collect(problems, work, *arguments):
 
 def check_list(dataset, split, problems):
     """The ids of a list that can be looked at further: each once, of photos that are there."""
-    folder = dataset.root / "ImageSets" / "Segmentation"
-    files = [folder / f"{split}.txt"]
-    if split == "train_aug":
-        files.append(folder / "trainaug.txt")
-    if split != "val" and dataset.photos == dataset.root:
-        files.append(dataset.root / "labels.txt")
-    file = next((file for file in files if file.is_file()), None)
+    file = dataset.list_file(split)
     if file is None and split != "train_aug":
         return []
     ids = collect(problems, dataset.ids, split)

@@ -231,6 +231,33 @@ def test_a_good_archive_is_unpacked(tmp_path):
     assert (tmp_path / "VOC2012/link/a.jpg").is_file()
 
 
+def test_an_archive_whose_unpacking_was_killed_is_unpacked_again(tmp_path, monkeypatch):
+    devkit, root, fetched = make_devkit(tmp_path / "made"), tmp_path / "root", []
+    root.mkdir()
+
+    def download(url, folder, md5):
+        fetched.append(url)
+        with tarfile.open(folder / url.rsplit("/")[-1], "w") as archive:
+            archive.add(devkit, "VOCdevkit/VOC2012")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self, folder, filter):
+        self.extract(self.getmember("VOCdevkit/VOC2012/JPEGImages/a.jpg"), folder, filter=filter)
+        raise Killed
+
+    monkeypatch.setattr(prepare, "download_url", download)
+    voc = ("prepare.py", "voc", "--root", root, "--sbd", tmp_path / "made/sbd")
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extractall", killed)
+        with pytest.raises(Killed):
+            run(*voc)
+    assert (root / "VOCdevkit/VOC2012/JPEGImages/a.jpg").is_file() and len(fetched) == 1
+    assert "train 1, val 1, test 0, train_aug 3" in run(*voc, status=1) and len(fetched) == 2
+    assert "train 1, val 1, test 0, train_aug 3" in run(*voc, status=1) and len(fetched) == 2  # whole: not again
+
+
 # ---------------------------------------------------------------- MS COCO 2014
 
 BOX = {"size": [4, 6], "counts": [8, 2, 2, 2, 10]}  # rows 0 and 1 of columns 2 and 3
@@ -478,7 +505,8 @@ def test_check_names_a_photo_listed_twice_also_with_other_classes(tmp_path):
     (tmp_path / "labels.txt").write_text("a cat\nb cat\na dog\n../c cat\nb cat\nb cat dog\n")
     labels = tmp_path / "labels.txt"
     assert problems_of(tmp_path) == [
-        f"{labels} names a twice, with other classes", f"{labels} has the id '../c', which would lead out of the folder",
+        f"{labels} names a twice, with other classes",
+        f"{labels} has the id '../c', which would lead out of the folder",
         f"{labels} names b twice, with other classes"]
 
 
