@@ -20,7 +20,7 @@ import engine
 import evaluate
 import seeds
 from commands import Commands, Range, above, add_training_flags, real, whole
-from conformer import ARCHS, STRIDE, Conformer, init_attention, init_identity
+from conformer import ARCHS, HEADS, STRIDE, Conformer, classifier_groups, init_attention, init_identity
 from stage import InputError
 
 PRESETS = {  # defaults that differ from the published VOC setting, which is that of the flags
@@ -31,9 +31,6 @@ PRESETS = {  # defaults that differ from the published VOC setting, which is tha
     "small": {"epochs": 1, "batch_size": 16, "lr": 2e-4, "head_lr": 5.0, "transformer_lr": 0.1, "crop": 160,
               "long_side": (160, 256), "scales": (1.0,), "plain": True},
 }
-HEADS = ("conv_cls_head", "trans_cls_head")
-TRANSFORMER = ("trans_1.", "trans_patch_conv.", "trans_norm.", "cls_token", ".trans_block.", ".squeeze_block.")
-HEAD_STD = 0.01  # of the CAM head beside a partial file: at Kaiming's its maps are noise that drowns given features
 SAMPLE = 64  # photos on which a training is watched
 
 
@@ -171,19 +168,7 @@ def start_classifier(arch, num_labels, pretrained=None, partial=False, sharpness
             init_attention(block, sharpness)
     if partial:
         init_identity(model, fresh)
-        if "conv_cls_head.weight" in fresh:
-            torch.nn.init.normal_(model.conv_cls_head.weight, std=HEAD_STD)
     return model
-
-
-def classifier_groups(model, lr, head_lr, transformer_lr):
-    """`lr` times `head_lr` for the heads, times `transformer_lr` for the transformer and what feeds it."""
-    groups = {1.0: []}
-    for name, parameter in model.named_parameters():
-        in_transformer = any(part in name for part in TRANSFORMER)
-        factor = head_lr if name.startswith(HEADS) else transformer_lr if in_transformer else 1.0
-        groups.setdefault(factor, []).append(parameter)
-    return [{"params": parameters, "lr": lr * factor} for factor, parameters in groups.items() if parameters]
 
 
 def train(args):

@@ -1,7 +1,8 @@
 """Conformer: a CNN and a transformer that exchange features at every stage (Peng et al. 2021; Sec. 3.1 of the paper).
 
 Knows nothing of the other scripts: `Conformer(arch, num_classes)` is the network, `init_attention` the start of a
-transformer that has no published weights. Parameter names are those of the authors' checkpoints.
+transformer that has no published weights, `classifier_groups` the learning rates of its parts. Parameter names are
+those of the authors' checkpoints.
 
     from conformer import Conformer
     features, token, qk = Conformer("small", num_classes)(images)
@@ -23,6 +24,9 @@ ARCHS = {
 STRIDE = 16  # pixels of the photo a patch token stands for
 LN_EPS, BN_EPS = 1e-6, 1e-6  # the stem's bn1 and trans_norm keep torch's 1e-5, as published
 DROP_PATH = 0.1  # of the last stage; grows linearly from 0
+HEADS = ("conv_cls_head", "trans_cls_head")
+TRANSFORMER = ("trans_1.", "trans_patch_conv.", "trans_norm.", "cls_token", ".trans_block.", ".squeeze_block.")
+HEAD_STD = 0.01  # of the CAM head beside a partial file: at Kaiming's its maps are noise that drowns given features
 
 
 class DropPath(nn.Module):
@@ -236,7 +240,19 @@ def init_identity(model, fresh, coupling=0.1):
         for name, module in model.named_modules():
             if isinstance(module, FCUUp) and f"{name}.bn.weight" in fresh:
                 module.bn.weight.fill_(coupling)
+            if name == "conv_cls_head" and f"{name}.weight" in fresh:
+                nn.init.normal_(module.weight, std=HEAD_STD)
             if isinstance(module, ConvBlock) and f"{name}.bn3.weight" in fresh:
                 module.bn3.weight.zero_()
                 if module.project and f"{name}.residual_conv.weight" in fresh:
                     nn.init.dirac_(module.residual_conv.weight)
+
+
+def classifier_groups(model, lr, head_lr, transformer_lr):
+    """`lr` times `head_lr` for the heads, times `transformer_lr` for the transformer and what feeds it."""
+    groups = {1.0: []}
+    for name, parameter in model.named_parameters():
+        in_transformer = any(part in name for part in TRANSFORMER)
+        factor = head_lr if name.startswith(HEADS) else transformer_lr if in_transformer else 1.0
+        groups.setdefault(factor, []).append(parameter)
+    return [{"params": parameters, "lr": lr * factor} for factor, parameters in groups.items() if parameters]
