@@ -76,9 +76,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
-    def switch(self, flag, help, default=False):
+    def switch(self, flag, what, default=False):
         """--flag and --no-flag."""
-        self.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+        self.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=what)
 
 
 class Commands:
@@ -150,8 +150,9 @@ class Commands:
     def _set_defaults(self):
         """What --data, --out and --preset say of each other and of the other flags, before the help shows it."""
         where = Parser(add_help=False)
-        for flag in ("--data", "--out", "--preset"):
-            where.add_argument(flag, type=Path if flag != "--preset" else None, nargs="?")
+        where.add_argument("--data", type=Path, nargs="?")  # where a value is missing the whole parser says so
+        where.add_argument("--out", type=Path, nargs="?")
+        where.add_argument("--preset", nargs="?")
         typed, _ = where.parse_known_args()
         record = _record_in(typed.out) if typed.out and not typed.data else {}
         self.recorded = record.get("data")
@@ -160,9 +161,8 @@ class Commands:
             preset = "toy" if folder.resolve() == Path("data/toy").resolve() else "voc"
         out = Path("out") / folder.resolve().name
         for parser in self.with_preset:
-            table = self.presets[preset].items()
-            parser.set_defaults(data=folder, out=out, preset=preset, **{
-                key: value for key, value in table if parser.get_default(key) is not None})
+            own = {key: value for key, value in self.presets[preset].items() if parser.get_default(key) is not None}
+            parser.set_defaults(data=folder, out=out, preset=preset, **own)
 
 
 def add_training_flags(parser):
