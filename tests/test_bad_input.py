@@ -750,9 +750,13 @@ def test_a_process_prints_one_line_on_stderr(here):
     assert said == f"error: argument --epochs: {says} (bnr.py train --help lists the flags)\n"
 
 
-def test_a_bug_keeps_its_traceback(here, monkeypatch):
+@pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError])
+def test_a_bug_keeps_its_traceback(here, monkeypatch, error):
     import bnr
 
-    monkeypatch.setattr(bnr, "augment", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    def augment(*args):
+        raise error
+
+    monkeypatch.setattr(bnr, "augment", augment)
+    with pytest.raises(error):
         run(*train)
