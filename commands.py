@@ -62,12 +62,13 @@ class Range(argparse.Action):
 
 # ---------------------------------------------------------------- parser
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Adds each flag's default, unless it has none or its text says what it is."""
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Adds each flag's default; where it has none its text may say what is taken."""
 
     def _get_help_string(self, action):
-        known = action.default in (None, "") or "(default" in action.help
-        return action.help if known else super()._get_help_string(action)
+        if action.default in (None, "", argparse.SUPPRESS):
+            return action.help
+        return action.help.split(" (default")[0] + " (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -161,7 +162,8 @@ class Commands:
             preset = "toy" if folder.resolve() == Path("data/toy").resolve() else "voc"
         out = Path("out") / folder.resolve().name
         for parser in self.with_preset:
-            own = {key: value for key, value in self.presets[preset].items() if parser.get_default(key) is not None}
+            flags = {action.dest for action in parser._actions}
+            own = {key: value for key, value in self.presets[preset].items() if key in flags}
             parser.set_defaults(data=folder, out=out, preset=preset, **own)
 
 

@@ -82,6 +82,13 @@ def test_help_shows_the_defaults_of_the_preset_that_would_be_taken(monkeypatch, 
     assert f"side of the square crops, pixels (default: {crop})" in said
 
 
+def test_a_preset_gives_defaults_to_the_flags_of_a_command_and_no_others(monkeypatch):
+    monkeypatch.setitem(bnr.PRESETS, "coco", {"amp": True, "epochs": 3})
+    args = parse(monkeypatch, "bnr cams", "--preset", "coco")
+    assert args.amp is True and "epochs" not in args
+    assert "mixed precision (default: True)" in run("bnr.py", "cams", "--preset", "coco", "--help")
+
+
 def capture(monkeypatch, tmp_path, command, *flags):
     """What a training of 40 photos, with these flags, gives `engine.fit`."""
     found = []
