@@ -1,7 +1,8 @@
 # The paper's run, or the toy set's where DATA is not given. `make -n TARGET` prints what would run.
 DATA    ?= data/toy
 override DATA := $(patsubst ./%,%,$(DATA:%/=%))
-OUT     ?= out/$(notdir $(abspath $(DATA)))
+NAME    := $(notdir $(abspath $(DATA)))
+OUT     ?= out/$(NAME)
 PRESET  ?= $(if $(filter data/toy,$(DATA)),toy,voc)
 SEED    ?= 0
 SEEDS   ?= 0 1 2
@@ -16,7 +17,8 @@ COMMON  := --data $(DATA) --out $(OUT) --preset $(PRESET) --seed $(SEED) $(if $(
            $(if $(FRESH),--fresh)
 SCRATCH := $(if $(FROM_SCRATCH),--from-scratch)
 WEIGHTS := $(SCRATCH) $(if $(CONFORMER),--pretrained $(CONFORMER)) $(if $(PARTIAL),--partial)
-BACK    := $(SCRATCH) $(if $(RESNET38),--resnet38 $(RESNET38)) $(if $(BACKBONE),--backbone $(BACKBONE))
+BACK    := $(SCRATCH) $(if $(RESNET38),--resnet38 $(RESNET38)) $(if $(BACKBONE),--backbone $(BACKBONE)) \
+           $(if $(BACKBONE_WEIGHTS),--backbone-weights $(BACKBONE_WEIGHTS))
 PICK    := $(if $(IDS),--ids $(IDS)) --first $(if $(IDS),$(words $(IDS)),4)
 
 .NOTPARALLEL:
@@ -32,16 +34,17 @@ help:
 	@echo "  eval      one table of all stages         -> OUT/results.json"
 	@echo "  show      one picture of all stages       -> OUT/show.png, of IDS or the first four"
 	@echo "  report    a page to look through          -> OUT/report.html"
-	@echo "  results   all that for ROWS of Table 5 and SEEDS, FURTHER rows through psa and seg -> OUT/rows/, docs/results.md"
-	@echo "  tables, figures                           the paper's, from the runs at hand -> docs/results.md, OUT/figures/"
+	@echo "  results   all that for ROWS of Table 5 and SEEDS, FURTHER rows through psa and seg -> OUT/rows/, docs/results_NAME.md"
+	@echo "  tables, figures                           the paper's, from the runs at hand -> docs/results_NAME.md, OUT/figures/"
 	@echo "  check     what in DATA would break a stage"
 	@echo "  coco      makes DATA, with train2014, val2014 and annotations in it, a data set"
 	@echo "  bench     plain forms against ours: seconds, memory, bytes; BENCH_FLAGS=--quick"
 	@echo "DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) SEED=$(SEED) SEEDS='$(SEEDS)' PYTHON=$(PYTHON)"
 	@echo "CONFORMER=FILE RESNET38=FILE: ImageNet weights; FROM_SCRATCH=1 PARTIAL=1 BACKBONE=resnet50 DEVICE=cpu GPUS=2"
+	@echo "WARM_START=FILE: of results, one common TransCAM classifier first; BACKBONE_WEIGHTS=FILE"
 	@echo "FRESH=1: make anew what is there with other settings"
 	@echo "More flags: TRAIN_FLAGS CAMS_FLAGS (bnr.py train, cams) LABELS_FLAGS AFFINITY_FLAGS WALK_FLAGS (psa.py labels,"
-	@echo "train, walk) SEG_FLAGS PREDICT_FLAGS (segment.py train, predict)"
+	@echo "train, walk) SEG_FLAGS PREDICT_FLAGS (segment.py train, predict), RESULTS_FLAGS"
 
 # pydensecrf2 is compiled with the newest Cython: the one that its isolated build pins fails on Python 3.13.
 .venv/ready: requirements.txt
@@ -81,14 +84,15 @@ figures: $(ENV) $(TOY)
 	$(if $(TOY),$(PYTHON) tests/walkthrough.py docs/walkthrough.md $(DATA) $(OUT))
 
 tables: $(ENV) $(TOY)
-	$(PYTHON) report.py tables $(COMMON) --seeds $(SEEDS) --into docs/results.md
+	$(PYTHON) report.py tables $(COMMON) --seeds $(SEEDS) --into docs/results_$(NAME).md
 
 report: $(ENV) $(TOY)
 	$(PYTHON) report.py page $(COMMON) --seeds $(SEEDS)
 
 results: $(ENV) $(TOY)
-	$(PYTHON) report.py results $(COMMON) --rows $(ROWS) --seeds $(SEEDS) --further $(FURTHER) --into docs/results.md \
-	  $(if $(GPUS),--gpus $(GPUS)) --train-flags="$(WEIGHTS) $(TRAIN_FLAGS)" --cams-flags="$(CAMS_FLAGS)" \
+	$(PYTHON) results.py $(COMMON) --rows $(ROWS) --seeds $(SEEDS) --further $(FURTHER) $(RESULTS_FLAGS) \
+	  --into docs/results_$(NAME).md $(if $(GPUS),--gpus $(GPUS)) $(if $(WARM_START),--warm-start $(WARM_START)) \
+	  --train-flags="$(WEIGHTS) $(TRAIN_FLAGS)" --cams-flags="$(CAMS_FLAGS)" \
 	  --labels-flags="$(LABELS_FLAGS)" --affinity-flags="$(BACK) $(AFFINITY_FLAGS)" --walk-flags="$(WALK_FLAGS)" \
 	  --seg-flags="$(BACK) $(SEG_FLAGS)" --predict-flags="$(PREDICT_FLAGS)"
 

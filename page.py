@@ -23,8 +23,8 @@ from evaluate import POOL_FROM, THRESHOLDS, confusion, iou
 from seeds import hard_threshold, read_seeds
 
 TEMPLATE = Path(__file__).with_suffix(".html").with_stem("report")
-LAYERS = {"photo": "photo", "truth": "ground truth", "cam": "refined CAM", "seed": "seed", "pseudo": "pseudo label",
-          "segmentation": "segmentation"}
+LAYERS = {"photo": "photo", "truth": "ground truth", "cam": "refined CAM", "eigen": "Eigen-CAM", "seed": "seed",
+          "pseudo": "pseudo label", "segmentation": "segmentation"}
 FOLDERS = {"pseudo": "pseudo_labels", "segmentation": "segmentation"}
 LOOKED_AT = 2000  # photos of a split that are scored at most, evenly from its list
 WORST = 20  # of these are always on the page
@@ -66,7 +66,7 @@ def score(matrix):
     return {"iou": float(np.nanmean(iou(matrix))), "wrong": [true, taken_for, share] if share else None}
 
 
-def draw_photo(name, photo_path, mask_path, out, classes, num_classes, threshold, side):
+def draw_photo(name, photo_path, mask_path, out, classes, num_classes, eigen, threshold, side):
     """-> one photo of the page, and the confusion matrix of each of its layers"""
     photo = data.read_image(photo_path)
     factor = min(1, side / max(photo.size))
@@ -81,6 +81,8 @@ def draw_photo(name, photo_path, mask_path, out, classes, num_classes, threshold
         labels["seed"] = hard_threshold(own, maps, threshold)
         if len(own):
             layers["cam"], found["cam"] = cam_layer(own, maps, size), own.tolist()
+        if len(own) and eigen:
+            layers["eigen"], found["eigen"] = cam_layer(*read_seeds(path, "eigen"), size), own.tolist()
     for layer, folder in FOLDERS.items():
         path = out / folder / f"{name}.png"
         if path.is_file():
@@ -106,7 +108,9 @@ def gather(dataset, split, out, threshold, count, side, workers):
     names = dataset.ids(split, required=False)
     looked_at = thinned(names, LOOKED_AT)
     labels = [(row.nonzero()[:, 0] + 1).tolist() for row in dataset.labels(looked_at)]
-    jobs = [(name, dataset.image(name), dataset.mask(name), out, own, dataset.num_classes, threshold, side)
+    record = stage.find_record(out, "cams")
+    eigen = bool(record and record["settings"].get("eigen"))
+    jobs = [(name, dataset.image(name), dataset.mask(name), out, own, dataset.num_classes, eigen, threshold, side)
             for name, own in zip(looked_at, labels)]
     photos, total = [], {}
     workers = workers if len(jobs) >= POOL_FROM else 0

@@ -13,6 +13,7 @@ import bnr
 import data
 import engine
 from conformer import STRIDE
+from evaluate import confusion, iou
 from seeds import combine_scales, hard_threshold, read_seeds
 from stage import FlagError, InputError
 
@@ -20,6 +21,9 @@ PROBABLE = 0.5  # from this probability on a class counts as found
 THRESHOLD = 0.4  # of the seeds, where none was scored
 SCALES = (0.5, 1.0, 1.5)  # of the crop, where the run exported no seeds
 FONT = ImageFont.load_default(size=13)
+MAPS = {"plain": "plain CAM", "eigen": "Eigen-CAM", "refined": "refined CAM"}
+SHEETS = {"cams": "train", "affinity_labels": "train", "pseudo_labels": "train", "segmentation": "val"}
+EACH = 8  # photos of a kind on a contact sheet
 LINE = 20  # pixels of a line of text
 
 
@@ -38,7 +42,7 @@ def run_of(args, row, name):
 
 
 def how_to_run(args, row):
-    return f"python report.py results --data {args.data} --out {args.out} --rows {row} --seeds {args.seeds[0]}"
+    return f"python results.py --data {args.data} --out {args.out} --rows {row} --seeds {args.seeds[0]}"
 
 
 def seed_threshold(out, given):
@@ -164,15 +168,17 @@ def names_of(dataset, ids):
 def stages_of(dataset, out, name, threshold):
     """{title: picture} of one photo of a run."""
     photo, path, num_classes = read_photo(dataset.image(name)), out / "cams" / f"{name}.npz", dataset.num_classes
-    plain = cam = seed = None
+    settings = (stage.find_record(out, "cams") or {"settings": {}})["settings"]
+    cams = {title: None for kind, title in MAPS.items() if kind != "eigen" or settings.get("eigen")}
+    seed = None
     if path.is_file():
         classes, maps = read_seeds(path)
-        cam, seed = heat(photo, classes, maps), data.overlay(photo, hard_threshold(classes, maps, threshold))
-        with np.load(path, allow_pickle=False) as file:
-            has_plain = "plain_0" in file
-        plain = heat(photo, *read_seeds(path, "plain")) if has_plain else None
-    return {"photo": photo, "ground truth": labelled(photo, dataset.mask(name), num_classes), "plain CAM": plain,
-            "refined CAM": cam, f"seed at {threshold:.2f}": seed,
+        seed = data.overlay(photo, hard_threshold(classes, maps, threshold))
+        for kind, title in MAPS.items():
+            if kind == "refined" or settings.get(kind):
+                cams[title] = heat(photo, *read_seeds(path, kind))
+    return {"photo": photo, "ground truth": labelled(photo, dataset.mask(name), num_classes), **cams,
+            f"seed at {threshold:.2f}": seed,
             "pseudo label": labelled(photo, out / "pseudo_labels" / f"{name}.png", num_classes),
             "segmentation": labelled(photo, out / "segmentation" / f"{name}.png", num_classes)}
 
@@ -237,6 +243,34 @@ def attention_of(model, image, crop, device):
     cam, z, qks = bnr.forward(model, data.square(crop)(image)[None].to(device))
     attn = bnr.sum_over_blocks([bnr.mean_over_heads(bnr.attention(q, k)) for q, k in qks])
     return attn[0].cpu(), cam[0].cpu(), z[0].cpu()
+
+
+# ---------------------------------------------------------------- contact sheets
+
+def sheets(args):
+    """Of each stage that was run its 8 best, middle and worst photos by their mean IoU -> OUT/sheets/STAGE.png"""
+    dataset, threshold = data.DataSet(args.data), seed_threshold(args.out, args.threshold)
+    stages = [(name, split) for name, split in SHEETS.items() if stage.find_record(args.out, name)]
+    if not stages:
+        raise InputError(f'nothing to draw in {args.out}: run "make cams"')
+    for name, split in stages:
+        labels = {}
+        for photo in dataset.ids(split, required=False):
+            path = args.out / name / f"{photo}{'.npz' if name == 'cams' else '.png'}"
+            if path.is_file() and dataset.mask(photo).is_file():
+                seed = name == "cams" and hard_threshold(*read_seeds(path), threshold)
+                labels[photo] = seed if name == "cams" else data.read_mask(path, dataset.num_classes)
+        score = {photo: 100 * np.nanmean(iou(confusion(data.read_mask(dataset.mask(photo), dataset.num_classes), label,
+                                                       dataset.num_classes))) for photo, label in labels.items()}
+        ranked = sorted(score, key=score.get, reverse=True)
+        middle, rows = max(0, len(ranked) - EACH) // 2, []
+        for what, photos in (("best", ranked[:EACH]), ("middle", ranked[middle:middle + EACH]),
+                             ("worst", ranked[-EACH:])):
+            truth = [(f"{what}: {score[photo]:.0f} %", labelled(read_photo(dataset.image(photo)), dataset.mask(photo),
+                                                               dataset.num_classes)) for photo in photos]
+            found = [("", data.overlay(read_photo(dataset.image(photo)), labels[photo])) for photo in photos]
+            rows += [truth, found]
+        save(args.out / "sheets" / f"{name}.png", sheet(rows, args.height, names_of(dataset, ranked)))
 
 
 # ---------------------------------------------------------------- figures

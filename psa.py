@@ -28,7 +28,7 @@ PRESETS = {
     "coco": {},
     "toy": {**NARROW, "epochs": 8, "crop": 96, "log_steps": 5, "foreground": 0.5, "background": 0.15,
             "background_score": 0.3},
-    "small": {**NARROW, "epochs": 1, "crop": 128},
+    "small": {"backbone": "resnet50", "epochs": 2, "crop": 160, "amp": True},
 }
 STRIDE = 8  # pixels of the photo one affinity feature stands for
 RADIUS = 5  # places within it are compared

@@ -2,17 +2,14 @@
 
     python report.py show PHOTO ...    the classifier on any photo: CAMs, attention, hard label   -> OUT/show.png
     python report.py show              all stages of some photos of the run                       -> OUT/show.png
+    python report.py sheets            each stage's best, middle and worst photos                 -> OUT/sheets/
     python report.py figures           Figures 1, 3, 4, 5 of the paper from the runs at hand      -> OUT/figures/
     python report.py tables            Tables 1-5, ours beside the paper's; --into FILE writes them there
     python report.py page              one HTML file of results, curves, settings, photos         -> OUT/report.html
-    python report.py results           all stages of the rows of Table 5 over seeds, then tables  -> OUT/rows/ROW-seedN/
 
-Tables and figures are of the runs of `results`. `pictures.py` draws; `page.py` and `report.html` make the page.
+Tables and figures are of the runs of `results.py`. `pictures.py` draws; `page.py` and `report.html` make the page.
 """
 import io
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import stage  # before torch: from here on Ctrl-C is one line
@@ -28,17 +25,11 @@ from page import write_page
 ROWS = {  # of Table 5: name, line in Figure 4
     "transcam": ("TransCAM (baseline)", "black"), "no-noise": ("without noise", "tab:red"),
     "noise-x1": ("noise × 1 (BNR)", "tab:blue"), "noise-x2": ("noise × 2", "tab:green"),
-    "untrained": ("untrained", "tab:gray")}
-LOSSES = {  # the same as flags of bnr.py train
-    "transcam": ["--loss", "transcam"], "no-noise": ["--loss", "bnr", "--noise", "none"],
-    "noise-x1": ["--loss", "bnr", "--noise", "1"], "noise-x2": ["--loss", "bnr", "--noise", "2"],
-    "untrained": ["--epochs", "0"]}
-STEPS = {  # the commands of a row, by the name of the flag that gives them more flags
-    "train": ("bnr.py", "train"), "cams": ("bnr.py", "cams"), "labels": ("psa.py", "labels"),
-    "affinity": ("psa.py", "train"), "walk": ("psa.py", "walk"), "seg": ("segment.py", "train"),
-    "predict": ("segment.py", "predict")}
+    "start": ("before training", "tab:gray")}
+EXTRA = ("transcam-shifted", "noise-x1-shifted", "true-masks")  # runs beside those of Table 5
 NOT_RUN = "not run"
 OWN = {"loss", "noise", "seed", "data"}  # settings in which the runs of one table may differ
+ONLY_START = {("start", "classifier", "epochs"), ("start", "cams", "eigen")}
 
 # The paper's numbers, %.
 TABLE_1 = (  # method, row, stage, mIoU on VOC train and COCO train
@@ -67,26 +58,25 @@ MEASURED = (  # columns of the table of all rows: title, stage, key in results.j
 
 def read_runs(out, seeds):
     """{row: {seed: OUT/rows/ROW-seedN/results.json}} of these seeds; InputError where they make no one table."""
-    runs = {row: {} for row in ROWS}
-    for row in ROWS:
-        for seed in seeds if row != "untrained" else [0]:
+    runs = {}
+    for row in (*ROWS, *EXTRA):
+        for seed in sorted({*seeds, 0} if row == "start" else seeds):
             if found := stage.read_results(out / "rows" / f"{row}-seed{seed}"):
-                runs[row][seed] = found
-    runs = {row: found for row, found in runs.items() if found}
-    if not runs:
+                runs.setdefault(row, {})[seed] = found
+    if not runs.keys() & ROWS.keys():
         raise stage.InputError(f'no ROW-seedN/results.json in {out / "rows"}: run "make results"')
     common_settings(runs)
     return runs
 
 
 def common_settings(runs):
-    """{stage: {flag: value}} of all runs; InputError where they differ in more than loss, noise and seed."""
+    """{stage: {flag: value}} of the rows of Table 5; InputError where they differ in more than loss, noise and seed."""
     found, places = {}, {}
-    for row, seeds in runs.items():
-        for seed, run in seeds.items():
+    for row in ROWS:
+        for seed, run in runs.get(row, {}).items():
             for name, flags in run["settings"].items():
                 for flag, value in flags.items():
-                    if flag in OWN or (row, name, flag) == ("untrained", "classifier", "epochs"):
+                    if flag in OWN or (row, name, flag) in ONLY_START:
                         continue
                     value = Path(value).name if isinstance(value, str) else value  # a file may lie elsewhere
                     known = found.setdefault(name, {}).setdefault(flag, value)
@@ -100,9 +90,8 @@ def common_settings(runs):
 def curves_of(runs):
     """mIoU % of the refined seeds at all thresholds, mean over the seeds at hand. -> {row: (60,)}"""
     found = {}
-    for row, seeds in runs.items():
-        entries = [entry for run in seeds.values() for entry in run["rows"] if entry["stage"] == "refined seeds"]
-        curves = [entry["curve"] for entry in entries if "curve" in entry]
+    for row in ROWS:
+        curves = values_of(runs, row, "refined seeds", "curve")
         if curves:
             found[row] = np.mean(curves, axis=0)
     return found
@@ -148,26 +137,27 @@ def make_tables(runs, name, seeds):
          "rows": [[method, paper, ours(row, "segmenter", is_coco)] for method, row, paper in TABLE_4]},
         {"title": "Table 5. Seeds by the noise in the loss, mIoU %", "head": ["loss", "paper, VOC train", train],
          "rows": [[ROWS[row][0], paper, ours(row, "refined seeds")] for row, paper in TABLE_5]},
-        table_of_rows(runs, seeds), table_of_thresholds(runs)]
+        table_of_rows(runs, seeds), table_of_differences(runs), table_of_thresholds(runs)]
     return [{**table, "rows": [[str(cell) for cell in line] for line in table["rows"]]} for table in tables]
 
 
 def table_2(runs, name, classes):
     """IoU of each class on val, beside the paper's where the classes are VOC's."""
     is_voc = set(classes[1:]) <= set(data.VOC_CLASSES)
-    shown, rows = ["background", *data.VOC_CLASSES] if is_voc else classes, []
-    for n, label in enumerate([*shown, "mIoU"]):
+    names, rows = ["background", *data.VOC_CLASSES, "mIoU"], []
+    for label in [*classes, "mIoU"]:
         line = [label]
         for row, paper in TABLE_2.items():
             own = values_of(runs, row, "segmenter")
             if label != "mIoU":
-                own = [100 * each[classes.index(label)] for each in values_of(runs, row, "segmenter", "iou")
-                       if label in classes]
-            line += [values.split()[n] for values in paper] if is_voc else []
+                own = [100 * each[classes.index(label)] for each in values_of(runs, row, "segmenter", "iou")]
+            line += [values.split()[names.index(label)] for values in paper] if is_voc else []
             line.append(mean_and_deviation(own, 1))
         rows.append(line)
     columns = ("paper val", "paper test", f"ours, {name} val") if is_voc else (f"ours, {name} val",)
-    note = "VOC's test set is scored by its server: not run." if is_voc else "The paper's are those of VOC's classes."
+    note = "The paper's are those of VOC's classes."
+    if is_voc:
+        note = "The paper's mIoU is over all 21 classes. VOC's test set is scored by its server: not run."
     return {"title": "Table 2. Segmenter, IoU % of each class", "rows": rows, "note": note,
             "head": ["class", *(f"{method}: {column}" for method in ("TransCAM", "BNR") for column in columns)]}
 
@@ -175,9 +165,9 @@ def table_2(runs, name, classes):
 def table_of_rows(runs, seeds):
     """All that was measured of each row: mean, deviation, the value of each seed; which seeds were not run."""
     lines = []
-    for row in LOSSES:
+    for row in [*ROWS, *(row for row in EXTRA if row in runs)]:
         own = runs.get(row, {})
-        missing = ", ".join(str(seed) for seed in (seeds if row != "untrained" else [0]) if seed not in own)
+        missing = ", ".join(str(seed) for seed in seeds if seed not in own and row in dict(TABLE_5))
         line = [row, ", ".join(map(str, own)) + f" ({missing} not run)" * bool(missing)]
         for _, stage_name, key, factor, digits in MEASURED:
             values = [factor * value for value in values_of(runs, row, stage_name, key)]
@@ -185,12 +175,35 @@ def table_of_rows(runs, seeds):
             line.append(mean_and_deviation(values, digits) + f" ({each})" * (len(values) > 1))
         hours = sum(seconds for run in own.values() for seconds in run["seconds"].values()) / 3600
         lines.append([*line, f"{hours:.2f}" if own else ""])
+    if eigen := values_of(runs, "start", "Eigen-CAM"):
+        lines.append(["Eigen-CAM of start", "", "", "", "", mean_and_deviation(eigen), "", "", ""])
     for floor in ("random seeds", "background"):
         values = [value for row in runs for value in values_of(runs, row, floor)]
         lines.append([floor, "", "", "", "", mean_and_deviation(values[:1]), "", "", ""])
+    note = ("mIoU %; mean ± deviation (n - 1) over seeds here and above. Entropy is that of the attention after "
+            "training, 1 is uniform.")
+    if runs.keys() & {"transcam-shifted", "noise-x1-shifted"}:
+        note += " Shifted: PSA's three thresholds moved so that 0.42 falls on the seeds' best one, chosen by looking."
+    if "true-masks" in runs:
+        note += " True-masks: the segmenter trained on the masks of train, a ceiling."
     return {"title": "All rows, each seed", "head": ["row", "seeds", *(column[0] for column in MEASURED), "hours"],
-            "rows": lines, "note": "mIoU %; mean ± deviation (n - 1) over seeds here and above. "
-                                   "Entropy is that of the attention after training, 1 is uniform."}
+            "rows": lines, "note": note}
+
+
+def table_of_differences(runs):
+    """What each row differs from the baseline of the same seed: mean and deviation over seeds, each seed."""
+    lines, baseline = [], runs.get("transcam", {})
+    for row in list(dict(TABLE_5))[1:]:
+        line, own = [row], runs.get(row, {})
+        for _, stage_name, key, factor, digits in MEASURED:
+            pairs = [[values_of({row: {seed: run[seed]}}, row, stage_name, key) for run in (own, baseline)]
+                     for seed in own if seed in baseline]
+            values = [factor * (ours[0] - base[0]) for ours, base in pairs if ours and base]
+            each = ", ".join(f"{value:+.{digits}f}" for value in values)
+            line.append(mean_and_deviation(values, digits) + f" ({each})" * (len(values) > 1))
+        lines.append(line)
+    return {"title": "Differences to TransCAM of the same seed", "rows": lines,
+            "head": ["row", *(column[0] for column in MEASURED)]}
 
 
 def table_of_thresholds(runs):
@@ -225,14 +238,8 @@ def tables(args):
     text = "\n".join([*map(markdown, make_tables(runs, name, args.seeds)), made_by(runs)])
     print(text)
     if args.into:
-        begin, end, old = f"<!-- rows of {name} -->\n", f"<!-- end of {name} -->", stage.read_text(args.into)
-        before, found, rest = old.partition(begin)
-        _, closed, after = rest.partition(end)
-        if end not in old and not found:
-            before, after = f"{old.rstrip()}\n\n## {name}\n\n", "\n"
-        elif not closed:
-            raise stage.InputError(f"{args.into} needs a line {begin.strip()} and, below it, one {end}")
-        stage.write(args.into, lambda file: file.write(f"{before}{begin}{text}\n{end}{after}".encode()))
+        begin = f"# Results: {name}\n\nWritten by `make tables` ([what they say](results.md)).\n\n"
+        stage.write(args.into, lambda file: file.write(f"{begin}{text}\n".encode()))
 
 
 # ---------------------------------------------------------------- figures, page, results
@@ -254,7 +261,7 @@ def figure_4(args, dataset):
     """mIoU of the seeds over the hard threshold, mean over the seeds at hand, with the best points."""
     curves = curves_of(read_runs(args.out, args.seeds))
     for row in ROWS:
-        if row not in curves and row != "untrained":
+        if row not in curves and row != "start":
             print(f'figure_4 lacks {row}: run "{pictures.how_to_run(args, row)}"')
     try:
         from matplotlib.figure import Figure
@@ -286,44 +293,13 @@ def page(args):
     write_page(data.DataSet(args.data), args.out, more, curves, threshold, args.photos, args.side, args.workers)
 
 
-def results(args):
-    """Run all stages of each row and seed; a stage that is done says so. Then the tables."""
-    for seed in args.seeds:
-        for row in args.rows:
-            run_row(args, row, seed)
-    run_row(args, "untrained", 0)
-    tables(args)
-
-
-def run_row(args, row, seed):
-    """The stages of one row, each by its own command line -> OUT/rows/ROW-seedN/"""
-    common = ["--data", args.data, "--out", args.out / "rows" / f"{row}-seed{seed}", "--preset", args.preset,
-              "--seed", seed, "--device", args.device, "--workers", args.workers, "--amp" if args.amp else "--no-amp",
-              *["--deterministic"] * args.deterministic, *["--fresh"] * args.fresh]
-    steps = list(STEPS) if row in args.further else ["train", "cams"]
-    own = {"train": LOSSES[row], "cams": ["--plain", *([] if row in args.further else ["--split", "train"])]}
-    for step in steps:
-        more = shlex.split(getattr(args, f"{step}_flags"))
-        call(*STEPS[step], *common, *more, *own.get(step, ()), gpus=args.gpus if step != "labels" else 1)
-    call("evaluate.py", *common)
-
-
-def call(script, *flags, gpus=1):
-    """Run one of our scripts, on several GPUs by torchrun; InputError where it fails, which it has told itself."""
-    flags = list(map(str, flags))
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
-    print("\n$ python " + shlex.join([*launch, script, *flags]), flush=True)
-    done = subprocess.run([sys.executable, *launch, Path(__file__).with_name(script), *flags])
-    if done.returncode:
-        raise stage.InputError(f"{shlex.join([script, *flags])} ended with status {done.returncode}")
-
-
 def main():
-    commands = Commands(__doc__, {"voc": {}, "coco": {}, "toy": {}, "small": {}})
+    commands = Commands(__doc__, {"voc": {}, "coco": {}, "toy": {}, "small": {"amp": True}})
     show = commands.add(pictures.show, "draw the classifier on any photo, or all stages of a run")
     show.add_argument("photos", type=Path, nargs="*", metavar="PHOTO", help="any photos (default: photos of the run)")
     show.add_argument("--weights", type=Path, help="a classifier (default: OUT/classifier.pth)")
     show.add_argument("--classes", nargs="+", metavar="NAME", help="classes to draw (default: of probability over 0.5)")
+    contact = commands.add(pictures.sheets, "draw each stage's best, middle and worst photos")
     draw = commands.add(figures, "draw the paper's figures from the runs at hand")
     draw.add_argument("--place", type=real(0, 1), nargs=2, metavar=("X", "Y"),
                       help="place of Figure 5, shares of width and height (default: the middle of the objects)")
@@ -331,27 +307,17 @@ def main():
     html = commands.add(page, "make one HTML file of a run")
     html.add_argument("--photos", type=whole(1), default=400, help="of a split at most: the worst 20, and others")
     html.add_argument("--side", type=whole(16, 4096), default=320, help="of a photo's longer side, pixels")
-    run = commands.add(results, "run all stages of the rows of Table 5")
-    rows = list(LOSSES)[:-1]
-    run.add_argument("--rows", nargs="+", choices=rows, default=rows, help="of Table 5; an untrained one is added")
-    run.add_argument("--further", nargs="*", choices=rows, default=["transcam", "noise-x1"],
-                     help="rows that go on to pseudo labels and segmenter")
-    run.add_argument("--gpus", type=whole(1), default=1, help="processes of torchrun")
-    for step, command in STEPS.items():
-        run.add_argument(f"--{step}-flags", default="", metavar="FLAGS",
-                         help=f'more flags of {" ".join(command)}, as --{step}-flags="--seed 1"')
+    for parser in (show, contact, draw):
+        parser.add_argument("--height", type=whole(16, 4096), default=160, help="of a picture, pixels")
     for parser in (show, draw):
         parser.add_argument("--ids", nargs="+", help="photos of the data set (default: the first of the list)")
         parser.add_argument("--first", type=whole(1), default=4, help="only so many of them")
-        parser.add_argument("--height", type=whole(16, 4096), default=160, help="of a picture, pixels")
-    for parser in (show, html):
+    for parser in (show, contact, html):
         parser.add_argument("--threshold", type=real(0, 1),
                             help="of the seeds (default: the best that evaluate.py found, else 0.4)")
-    for parser in (draw, table, html, run):
+    for parser in (draw, table, html):
         parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="of the runs")
-    for parser in (table, run):
-        parser.add_argument("--into", type=Path, metavar="FILE",
-                            help="write the tables between its <!-- rows of NAME --> and <!-- end of NAME -->")
+    table.add_argument("--into", type=Path, metavar="FILE", help="write them into it")
     commands.run()
 
 

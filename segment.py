@@ -30,8 +30,8 @@ PRESETS = {
     "coco": {},
     "toy": {**NARROW, "iterations": 1000, "batch_size": 8, "crop": 96, "scale_range": (0.4, 0.6),
             "scales": (0.4, 0.5, 0.6)},
-    "small": {**NARROW, "iterations": 1500, "batch_size": 8, "crop": 128, "scale_range": (0.4, 0.8),
-              "scales": (0.4, 0.6, 0.8)},
+    "small": {"backbone": "resnet50", "freeze_bn": True, "iterations": 1500, "batch_size": 8, "crop": 160,
+              "scale_range": (0.5, 0.8), "scales": (0.5, 0.65, 0.8), "amp": True},
 }
 NEW = ("conv_fov", "conv_fov2", "cls_conv")
 MIN_PROBABILITY = 1e-5  # keeps the unary of the CRF finite
@@ -120,7 +120,7 @@ def augment(photo, label, scale_range, crop):
 def train(args):
     """Train DeepLab on the pseudo labels -> OUT/segmenter.pth"""
     dataset = data.DataSet(args.data)
-    ids = dataset.ids("train_aug")
+    ids = dataset.ids(args.train_list)
     folder = args.labels or args.out / "pseudo_labels"
 
     def item(name, photo):
@@ -271,6 +271,7 @@ def main():
     parser = commands.add(train, "train DeepLab on the pseudo labels")
     add_network_flags(parser)
     parser.add_argument("--labels", type=Path, help="train on this folder of index PNGs instead of OUT/pseudo_labels")
+    parser.add_argument("--train-list", default="train_aug", help="list of the photos to train on")
     parser.add_argument("--iterations", type=whole(0), default=20000, help="optimizer steps")
     parser.add_argument("--batch-size", type=whole(1, 4096), default=10, help="crops a step")
     parser.add_argument("--lr", type=above(0), default=1e-3, help="of SGD; falls as (1 - i/(max+1))^0.9")

@@ -64,7 +64,7 @@ def test_flags_of_voc_and_coco_have_the_published_defaults(monkeypatch, command,
 
 @pytest.mark.parametrize("script, commands", [
     ("bnr", "train cams export"), ("psa", "labels train walk"), ("segment", "train predict submit"), ("evaluate", ""),
-    ("prepare", "toy voc coco check"), ("report", "show figures tables page results")])
+    ("prepare", "toy voc coco check"), ("report", "show sheets figures tables page"), ("results", "")])
 def test_help_names_each_default_once_and_no_none(script, commands):
     for command in commands.split() or [None]:
         flags = run(f"{script}.py", *filter(None, [command]), "--help").split("\n  --")

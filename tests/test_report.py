@@ -22,6 +22,7 @@ import evaluate
 import page
 import pictures
 import report
+import results
 import seeds
 import stage
 import walkthrough
@@ -55,7 +56,7 @@ def rows(toy, tmp_path):
     """Runs of Table 5: two seeds of ×1, one of the baseline without a segmenter. -> data, out"""
     runs = {"noise-x1-seed0": results_of((40, 50, 60, 70)), "noise-x1-seed1": results_of((41, 54, 61, 72), seed=1),
             "transcam-seed0": results_of((39, 48, None, None), loss="transcam"),
-            "untrained-seed0": results_of((5, 6, None, None), epochs=0)}
+            "start-seed0": results_of((5, 6, None, None), epochs=0)}
     for name, value in runs.items():
         stage.write_json(tmp_path / "out" / "rows" / name / "results.json", value)
     return toy, tmp_path / "out"
@@ -85,24 +86,25 @@ def test_paper_classes_stand_beside_ours_where_they_are_vocs(toy, tmp_path):
     stage.write_json(tmp_path / "rows" / "noise-x1-seed0" / "results.json", run_of_voc)
     said = run("report.py", "tables", "--data", toy, "--out", tmp_path, "--device", "cpu")
     assert cells(said, "background")[0] == ["background", "91.3", "91.2", "not run", "91.6", "91.6", "70.0"]
-    assert cells(said, "tvmonitor")[0] == ["tvmonitor", "46.6", "45.8", "not run", "42.1", "41.1", "not run"]
+    assert not cells(said, "tvmonitor")  # no class of this set
     assert cells(said, "mIoU")[0] == ["mIoU", "69.3", "69.6", "not run", "70.5", "71.1", "70.0"]
 
 
-def test_tables_are_written_between_the_markers_and_nowhere_else(rows, tmp_path):
-    page_of = tmp_path / "results.md"
-    page_of.write_text("before\n<!-- rows of toy -->\nstale\n<!-- end of toy -->\nafter\n<!-- end of voc -->\n")
-    command = ("report.py", "tables", "--data", rows[0], "--out", rows[1], "--device", "cpu", "--into", page_of)
+def test_tables_are_written_into_a_file(rows, tmp_path):
+    path = tmp_path / "results_toy.md"
     for _ in range(2):
-        run(*command)
-    text = page_of.read_text()
-    assert text.startswith("before\n<!-- rows of toy -->\n**Table 1.") and "stale" not in text
-    assert text.endswith("<!-- end of toy -->\nafter\n<!-- end of voc -->\n") and text.count("**Table 1.") == 1
-    page_of.write_text("no end <!-- rows of toy -->\n")
-    assert "<!-- rows of toy -->" in run(*command, status=1) and page_of.read_text() == "no end <!-- rows of toy -->\n"
-    page_of.write_text("no marker")
-    run(*command)
-    assert page_of.read_text().startswith("no marker\n\n## toy\n\n<!-- rows of toy -->\n**Table 1.")
+        run("report.py", "tables", "--data", rows[0], "--out", rows[1], "--device", "cpu", "--into", path)
+    text = path.read_text()
+    assert text.startswith("# Results: ") and text.count("**Table 1.") == 1
+
+
+def test_differences_are_those_of_the_same_seed(toy, tmp_path):
+    for name, value in {"transcam-seed0": (39, 48, None, None), "transcam-seed1": (39, 50, None, None),
+                        "noise-x1-seed0": (40, 50, 60, 70), "noise-x1-seed1": (41, 49, 61, 72)}.items():
+        stage.write_json(tmp_path / "rows" / name / "results.json", results_of(value))
+    said = run("report.py", "tables", "--data", toy, "--out", tmp_path, "--device", "cpu")
+    line = cells(said, "noise-x1")[1]
+    assert line[3:6] == ["1.50 ± 0.71 (+1.00, +2.00)", "0.50 ± 2.12 (+2.00, -1.00)", "not run"]
 
 
 def test_runs_of_other_settings_are_not_one_table(rows):
@@ -410,10 +412,10 @@ SMALL = {"train": "--epochs 1 --crop 64 --long-side 64 96 --batch-size 8", "pred
 
 @pytest.fixture(scope="module")
 def trained(toy, tmp_path_factory):
-    """Baseline and ×1, this one through all stages, by `report.py results`, twice. -> data, out, what each printed"""
+    """Baseline and ×1, this one through all stages, by `results.py`, twice. -> data, out, what each printed"""
     out = tmp_path_factory.mktemp("results")
     flags = [f"--{step}-flags={more}" for step, more in SMALL.items()]
-    command = ("report.py", "results", "--data", toy, "--out", out, "--preset", "toy", "--device", "cpu",
+    command = ("results.py", "--data", toy, "--out", out, "--preset", "toy", "--device", "cpu",
                "--workers", 0, "--rows", "transcam", "noise-x1", "--seeds", 0, "--further", "noise-x1", *flags)
 
     def in_this_process(command):
@@ -421,7 +423,7 @@ def trained(toy, tmp_path_factory):
         return subprocess.CompletedProcess(command, 0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report.subprocess, "run", in_this_process)
+        patch.setattr(results.subprocess, "run", in_this_process)
         said = run(*command)
         again = run(*command)
     return toy, out, said, again
@@ -434,7 +436,7 @@ def test_results_run_each_row_through_its_stages_and_print_the_tables(trained):
         ["bnr.py", "train"], ["bnr.py", "cams"], ["psa.py", "labels"], ["psa.py", "train"], ["psa.py", "walk"],
         ["segment.py", "train"], ["segment.py", "predict"], ["evaluate.py", "--data"],
         ["bnr.py", "train"], ["bnr.py", "cams"], ["evaluate.py", "--data"]]
-    assert {path.name for path in (out / "rows").iterdir()} == {"transcam-seed0", "noise-x1-seed0", "untrained-seed0"}
+    assert {path.name for path in (out / "rows").iterdir()} == {"transcam-seed0", "noise-x1-seed0", "start-seed0"}
     assert again.count("done already") == 11 and "done already" not in said
     row = cells(said, "noise-x1")[0]
     results = stage.read_json(out / "rows" / "noise-x1-seed0" / "results.json")
@@ -442,11 +444,44 @@ def test_results_run_each_row_through_its_stages_and_print_the_tables(trained):
     assert cells(said, "transcam")[0][7] == "not run"
 
 
+def test_results_can_start_warm_move_the_thresholds_and_train_on_true_masks(toy, tmp_path, monkeypatch):
+    called, row = [], tmp_path / "rows" / "transcam-seed1"
+    monkeypatch.setattr(results, "call", lambda *flags, gpus=1: called.append(" ".join(map(str, flags))))
+    monkeypatch.setattr(results, "tables", lambda args: None)
+    stage.write_json(row / "results.json", results_of((39, 48, None, None)))  # the seeds' best threshold is 0.30
+    for name in ("classifier.json", "classifier.pth", "cams.json", "cams/toy_0000.npz"):
+        stage.write(row / name, lambda file: file.write(b"seeds"))
+    run("results.py", "--data", toy, "--out", tmp_path, "--preset", "small", "--device", "cpu", "--rows", "transcam",
+        "no-noise", "--seeds", 0, 1, "--further-seeds", 1, "--warm-start", "w.pth", "--shifted", "--true-masks")
+    warm = tmp_path / "rows" / "warm"
+    assert called[0].startswith("bnr.py train") and called[0].endswith("--pretrained w.pth")
+    assert f"--out {warm} --preset warm --seed 0" in called[0]
+    assert sum(f"--pretrained {warm / 'classifier.pth'}" in line for line in called) == 5  # 2 rows, 2 seeds; start
+    assert all("--amp" in line for line in called)
+    walks = [line for line in called if line.startswith("psa.py walk")]
+    assert [Path(line.split()[5]).name for line in walks] == ["transcam-seed1", "transcam-shifted-seed1"]
+    assert walks[1].endswith("--background-score 0.30")
+    assert [line.split(" --fo")[1] for line in called if "--foreground" in line] == ["reground 0.48 --background 0.13"]
+    assert (tmp_path / "rows" / "transcam-shifted-seed1" / "cams" / "toy_0000.npz").read_bytes() == b"seeds"
+    ceiling = next(line for line in called if "--train-list train" in line)
+    assert ceiling.startswith("segment.py train") and ceiling.endswith(f"--labels {toy / 'SegmentationClass'}")
+
+
+def test_sheets_show_best_middle_and_worst_photos(trained):
+    toy, out = trained[:2]
+    row = out / "rows" / "noise-x1-seed0"
+    run("report.py", "sheets", "--data", toy, "--out", row, "--device", "cpu", "--height", 32)
+    folder = row / "sheets"
+    assert {path.stem for path in folder.iterdir()} == {"cams", "affinity_labels", "pseudo_labels", "segmentation"}
+    for path in folder.iterdir():
+        assert Image.open(path).height == 4 + 3 * (20 + 2 * (32 + 6)) + 30 - 4
+
+
 def test_a_stage_that_fails_ends_the_results(toy, tmp_path):
-    said = run("report.py", "results", "--data", toy, "--out", tmp_path, "--preset", "toy", "--device", "cpu",
+    said = run("results.py", "--data", toy, "--out", tmp_path, "--preset", "toy", "--device", "cpu",
                "--rows", "transcam", "--train-flags=--crop 65", status=1)
     assert "bnr.py train" in said and "ended with status 2" in said
-    assert not (tmp_path / "rows" / "untrained-seed0").exists()
+    assert not (tmp_path / "rows" / "start-seed0").exists()
 
 
 def test_any_photo_is_shown_without_its_data_set(trained, tmp_path, monkeypatch):
@@ -501,7 +536,7 @@ def test_figures_are_drawn_or_what_they_lack_is_named(trained, tmp_path, monkeyp
     (tmp_path / "rows").mkdir()
     shutil.copytree(out / "rows" / "noise-x1-seed0", tmp_path / "rows" / "noise-x1-seed0")
     said = run("report.py", "figures", *flags[:2], "--out", tmp_path, *flags[4:])
-    command = f"python report.py results --data {toy} --out {tmp_path} --rows transcam --seeds 0"
+    command = f"python results.py --data {toy} --out {tmp_path} --rows transcam --seeds 0"
     assert f'figure_1 is not drawn: no seeds in {tmp_path}/rows/transcam-seed0: run "{command}"' in said
     assert f'figure_5 is not drawn: no classifier in {tmp_path}/rows/transcam-seed0: run "{command}"' in said
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["figure_3.png"]
