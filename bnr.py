@@ -257,7 +257,7 @@ def map_figures(model, sample, args):
         qks, cam = [(q.float(), k.float()) for q, k in qks], cam.float()
         attn = sum_over_blocks([mean_over_heads(attention(q, k)) for q, k in qks])[0]
         found["entropy"].append(attention_entropy(qks))
-        found["own_rows"].append((attn - attn.mean(0)).data.square().sum() / attn.data.square().sum())
+        found["own_rows"].append((attn - attn.mean(0)).square().sum() / attn.square().sum())
         if mask is None:
             continue
         objects = torch.from_numpy((mask > 0) & (mask != data.VOID)).to(attn.device)
