@@ -10,8 +10,6 @@ from pathlib import Path
 import stage  # before torch: from here on Ctrl-C is one line
 import numpy as np
 import torch
-from torchvision.transforms import v2
-from torchvision.utils import make_grid, save_image
 
 import data
 import engine
@@ -251,8 +249,7 @@ def evaluate(args):
         raise InputError(f'nothing to score in {args.out}: run "make train"')
     rows = stage_rows(dataset, args.out, args.workers, records)
     if not (dataset.root / "SegmentationClass").is_dir():
-        print(f"{dataset.root} has no SegmentationClass: masks cannot be scored")
-        draw_labels(dataset, args.out)
+        print(f'{dataset.root} has no SegmentationClass: nothing can be scored; "make show" draws the stages')
     each = {}
     for key in ("seconds", "settings", "precision"):
         each[key] = {name: record[key] for name, record in records.items()}
@@ -263,21 +260,6 @@ def evaluate(args):
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in each["seconds"].items())
     used = ", ".join(sorted(set(each["precision"].values())))
     print(f"precision: {used}; seconds: {seconds} -> {args.out / 'results.json'}")
-
-
-def draw_labels(dataset, out, first=24):
-    """Some photos with what the last stage made of them, to look at where there are no masks -> OUT/labels.png"""
-    folder = next((f for f in (out / "segmentation", out / "pseudo_labels") if f.is_dir()), None)
-    pictures = []
-    for path in sorted(folder.rglob("*.png"))[:first] if folder else ():
-        photo = data.read_image(dataset.image(path.relative_to(folder).with_suffix("").as_posix()))
-        picture = data.overlay(v2.functional.pil_to_tensor(photo), data.read_mask(path))
-        picture = v2.functional.resize(picture, 160, antialias=True)
-        pictures.append(v2.functional.center_crop(picture, 160))
-    if pictures:
-        grid = make_grid(torch.stack(pictures).float() / 255, nrow=6, padding=4, pad_value=1)
-        stage.write(out / "labels.png", lambda file: save_image(grid, file, format="png"))
-        print(f"{len(pictures)} of {folder} drawn -> {out / 'labels.png'}")
 
 
 def _outcome(row):

@@ -123,10 +123,9 @@ def test_an_untrained_classifier_and_one_list_can_be_exported(toy, tmp_path):
     assert rows_of(tmp_path)["Eigen-CAM"]["n"] == 24
 
 
-def test_without_masks_the_table_says_so_and_pictures_are_drawn(done):
+def test_without_masks_the_table_says_so(done):
     said = done[2]["unscored"]
-    assert "has no SegmentationClass" in said and "no masks" in said and f"drawn -> {done[1] / 'labels.png'}" in said
-    assert Image.open(done[1] / "labels.png").size == (6 * 164 + 4, 2 * 164 + 4)  # the 8 of val
+    assert "has no SegmentationClass" in said and "no masks" in said and "make show" in said
 
 
 def test_anybodys_masks_and_class_maps_are_scored_alike(done, tmp_path):
