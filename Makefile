@@ -3,6 +3,7 @@ DATA    ?= data/toy
 override DATA := $(patsubst ./%,%,$(DATA:%/=%))
 NAME    := $(notdir $(abspath $(DATA)))
 OUT     ?= out/$(NAME)
+INTO    ?= $(OUT)/tables.md
 PRESET  ?= $(if $(filter data/toy,$(DATA)),toy,voc)
 SEED    ?= 0
 SEEDS   ?= 0 1 2
@@ -22,7 +23,7 @@ BACK    := $(SCRATCH) $(if $(RESNET38),--resnet38 $(RESNET38)) $(if $(BACKBONE),
 PICK    := $(if $(IDS),--ids $(IDS)) --first $(if $(IDS),$(words $(IDS)),4)
 
 .NOTPARALLEL:
-.PHONY: help train cams psa seg eval show figures tables report results check coco test bench clean
+.PHONY: help train cams psa seg eval show sheets figures tables report results check coco test bench clean
 
 help:
 	@echo "make train cams psa seg eval   image labels to segmenter on the toy set, then the table"
@@ -34,17 +35,22 @@ help:
 	@echo "  eval      one table of all stages         -> OUT/results.json"
 	@echo "  show      one picture of all stages       -> OUT/show.png, of IDS or the first four"
 	@echo "  report    a page to look through          -> OUT/report.html"
-	@echo "  results   all that for ROWS of Table 5 and SEEDS, FURTHER rows through psa and seg -> OUT/rows/, docs/results_NAME.md"
-	@echo "  tables, figures                           the paper's, from the runs at hand -> docs/results_NAME.md, OUT/figures/"
+	@echo "  results   train, cams, eval of each of ROWS (losses of Table 5) and SEEDS, psa and seg too of those in FURTHER"
+	@echo "            -> OUT/rows/ROW-seedN/, then the tables -> INTO"
+	@echo "  tables    the paper's, of these runs      -> INTO"
+	@echo "  figures   the paper's, of these runs      -> OUT/figures/"
+	@echo "  sheets    best, middle and worst photos   -> OUT/sheets/"
 	@echo "  check     what in DATA would break a stage"
 	@echo "  coco      makes DATA, with train2014, val2014 and annotations in it, a data set"
+	@echo "  clean     deletes out/ with all results, data/toy and .venv"
 	@echo "  bench     plain forms against ours: seconds, memory, bytes; BENCH_FLAGS=--quick"
-	@echo "DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) SEED=$(SEED) SEEDS='$(SEEDS)' PYTHON=$(PYTHON)"
-	@echo "CONFORMER=FILE RESNET38=FILE: ImageNet weights; FROM_SCRATCH=1 PARTIAL=1 BACKBONE=resnet50 DEVICE=cpu GPUS=2"
-	@echo "WARM_START=FILE: of results, one common TransCAM classifier first; BACKBONE_WEIGHTS=FILE"
-	@echo "FRESH=1: make anew what is there with other settings"
+	@echo "DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) PYTHON=$(PYTHON)"
+	@echo "SEED=$(SEED) (of one run) SEEDS='$(SEEDS)' ROWS='$(ROWS)' FURTHER='$(FURTHER)' INTO=$(INTO)"
+	@echo "CONFORMER=FILE RESNET38=FILE: ImageNet weights; FROM_SCRATCH=1 PARTIAL=1 BACKBONE=resnet50 BACKBONE_WEIGHTS=FILE DEVICE=cpu GPUS=2"
+	@echo "WARM_START=FILE: results trains one TransCAM classifier from it first (preset warm), and every row starts from that"
+	@echo "FRESH=1: make every stage of the target anew, also those that are done"
 	@echo "More flags: TRAIN_FLAGS CAMS_FLAGS (bnr.py train, cams) LABELS_FLAGS AFFINITY_FLAGS WALK_FLAGS (psa.py labels,"
-	@echo "train, walk) SEG_FLAGS PREDICT_FLAGS (segment.py train, predict), RESULTS_FLAGS"
+	@echo "train, walk) SEG_FLAGS PREDICT_FLAGS (segment.py train, predict) SHOW_FLAGS (report.py show) RESULTS_FLAGS (results.py)"
 
 # pydensecrf2 is compiled with the newest Cython: the one that its isolated build pins fails on Python 3.13.
 .venv/ready: requirements.txt
@@ -76,7 +82,10 @@ eval: $(ENV) $(TOY)
 
 show: $(ENV) $(TOY)
 	$(PYTHON) segment.py predict $(COMMON) $(PREDICT_FLAGS) --split train $(PICK)
-	$(PYTHON) report.py show $(COMMON) $(PICK)
+	$(PYTHON) report.py show $(COMMON) $(PICK) $(SHOW_FLAGS)
+
+sheets: $(ENV) $(TOY)
+	$(PYTHON) report.py sheets $(COMMON)
 
 figures: $(ENV) $(TOY)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check matplotlib
@@ -84,14 +93,14 @@ figures: $(ENV) $(TOY)
 	$(if $(TOY),$(PYTHON) tests/walkthrough.py docs/walkthrough.md $(DATA) $(OUT))
 
 tables: $(ENV) $(TOY)
-	$(PYTHON) report.py tables $(COMMON) --seeds $(SEEDS) --into docs/results_$(NAME).md
+	$(PYTHON) report.py tables $(COMMON) --seeds $(SEEDS) --into $(INTO)
 
 report: $(ENV) $(TOY)
 	$(PYTHON) report.py page $(COMMON) --seeds $(SEEDS)
 
 results: $(ENV) $(TOY)
 	$(PYTHON) results.py $(COMMON) --rows $(ROWS) --seeds $(SEEDS) --further $(FURTHER) $(RESULTS_FLAGS) \
-	  --into docs/results_$(NAME).md $(if $(GPUS),--gpus $(GPUS)) $(if $(WARM_START),--warm-start $(WARM_START)) \
+	  --into $(INTO) $(if $(GPUS),--gpus $(GPUS)) $(if $(WARM_START),--warm-start $(WARM_START)) \
 	  --train-flags="$(WEIGHTS) $(TRAIN_FLAGS)" --cams-flags="$(CAMS_FLAGS)" \
 	  --labels-flags="$(LABELS_FLAGS)" --affinity-flags="$(BACK) $(AFFINITY_FLAGS)" --walk-flags="$(WALK_FLAGS)" \
 	  --seg-flags="$(BACK) $(SEG_FLAGS)" --predict-flags="$(PREDICT_FLAGS)"

@@ -47,7 +47,10 @@ def class_activation_map(features, weight, bias):
 
 
 def attention(q, k):
-    """Eq. 2: A^{b,h} = softmax(Q K' / sqrt(D/H)). q, k: (B, H, 1+N, D/H)  ->  (B, H, 1+N, 1+N)"""
+    """Eq. 2: A^{b,h} = softmax(Q K' / sqrt(D/H)). Eqs. 2-5 as written; the run uses `attend`.
+
+    q, k: (B, H, 1+N, D/H)  ->  (B, H, 1+N, 1+N)
+    """
     return torch.softmax(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5, dim=-1)
 
 
@@ -75,7 +78,9 @@ def noisy_cam(attn, refined, blocks, noise):
 
 
 def attend(qks, maps):
-    """Eqs. 2-5 in one, A* `maps`, without any N x N matrix: attention whose values are the maps, 0 for the class token.
+    """Eqs. 2-5 in one, A* `maps`, without any N x N matrix: attention whose values are the maps.
+
+    softmax(Q K') V is linear in V, so maps may stand as V: the class token's value 0 drops its column, [1:] its row.
 
     qks: list of (q, k), each (B, H, 1+N, D/H); maps: (B, K, h, w)  ->  float32 (B, K, h, w)
     """
@@ -102,7 +107,7 @@ def attention_entropy(qks):
 
 
 def noisy_logits(qks, refined, noise):
-    """GAP(M**), eqs. 6 and 7: `attend` again, this time on M* and with the noise, the mean attention, held constant.
+    """GAP(M**), eqs. 6 and 7: Ā* M* = `attend` of M* over the number of blocks, with queries and keys held constant.
 
     qks: list of (q, k), each (B, H, 1+N, D/H); refined: M* (B, K, h, w)  ->  (B, K)
     """
@@ -177,11 +182,10 @@ def train(args):
     """Train the classifier (Sec. 3.3) -> OUT/classifier.pth"""
     if args.crop % STRIDE:
         raise stage.FlagError(f"--crop {args.crop} is no multiple of {STRIDE}")
-    if not (args.pretrained or args.from_scratch):
-        raise InputError(
-            f"no weights: CONFORMER=FILE (--pretrained) takes Conformer_{args.arch}_patch16.pth of "
-            f"github.com/pengzhiliang/Conformer, FROM_SCRATCH=1 (--from-scratch) starts without")
     dataset = data.DataSet(args.data)
+    if not (args.pretrained or args.from_scratch):
+        raise InputError("no weights: CONFORMER=FILE (--pretrained) takes a file of github.com/pengzhiliang/Conformer"
+                         f"{fits(args.arch)}; FROM_SCRATCH=1 (--from-scratch) starts without")
     ids = dataset.ids("train_aug")
     labels, prepare = dict(zip(ids, dataset.labels(ids))), augment(args.crop, args.long_side)
     batches = data.Batches(data.Images(dataset.image, ids, lambda name, photo: (prepare(photo), labels[name])), args)
@@ -246,7 +250,7 @@ def map_figures(model, sample, args):
 
     entropy: of the attention of each block, 1 is uniform; own_rows: |A* - 1 m'|^2 / |A*|^2, m the mean row, 0 where all
     places look at the same ones; object_area: share of the places that lie on objects; object_attention: what share of
-    their attention these places give each other; plain, refined: best mIoU (%) of M and M* at one scale, and where.
+    their attention these places pay to each other; plain, refined: best mIoU (%) of M and M* at one scale, and where.
     """
     model.eval()
     found = {"entropy": [], "own_rows": [], "object_area": [], "object_attention": []}
@@ -354,9 +358,9 @@ def noise_factor(text):
 def main():
     commands = Commands(__doc__, PRESETS)
     both = commands.add(train, "train the classifier"), commands.add(cams, "export the seeds")
-    for parser in both:
-        parser.add_argument("--arch", choices=ARCHS, default="small", help="Conformer; small is the paper's")
-        parser.add_argument("--crop", type=whole(STRIDE, 4096), default=512, help="side of the square crops, pixels")
+    for parser, of in zip(both, ("", "of --weights: ")):  # a classifier of ours knows its own
+        parser.add_argument("--arch", choices=ARCHS, default="small", help=f"{of}Conformer; small is the paper's")
+        parser.add_argument("--crop", type=whole(STRIDE, 4096), default=512, help=f"{of}side of square crops, pixels")
         parser.add_argument("--batch-size", type=whole(1, 4096), default=8, help="photos a step")
     parser = both[0]
     parser.add_argument("--loss", choices=("bnr", "transcam"), default="bnr", help="eq. 9, or L_cls alone: TransCAM")

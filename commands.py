@@ -107,15 +107,16 @@ class Commands:
         self.with_preset.append(parser)
         parser.add_argument("--data", type=Path, help="data set; if not given that of the run in --out, else data/toy")
         parser.add_argument("--out", type=Path, help="folder of all results; if not given out/NAME OF DATA")
-        parser.add_argument("--preset", choices=self.presets, help="table of defaults, as shown here; if not given "
-                            "that of the run in --out, or toy for data/toy, else voc")
+        parser.add_argument("--preset", choices=self.presets, help="table of defaults, as shown here: voc and coco are "
+                            "published, toy is the toy set's, small for some thousand small photos on a CPU; if not "
+                            "given that of the run in --out, or toy for data/toy, else voc")
         parser.add_argument("--device", help="cuda or cpu (default: cuda where it works)")
         parser.add_argument("--seed", type=whole(0, 2 ** 32 - 1), default=0, help="of all random numbers")
         parser.add_argument("--workers", type=whole(0, 256), default=min(8, os.cpu_count() or 1),
                             help="processes that load photos or run the CRF")
         parser.switch("--amp", "mixed precision (default: on cuda)", default=None)
         parser.switch("--deterministic", "the same bytes again on cuda too, more slowly")
-        parser.add_argument("--fresh", action="store_true", help="make it anew where a result of other settings is")
+        parser.add_argument("--fresh", action="store_true", help="make it anew, also where it is done")
         return parser
 
     def run(self):

@@ -13,7 +13,7 @@ def dense_crf(photo, probabilities, gauss=(3, 3), bilateral=(50, 5, 10), steps=1
     """Mean-field inference of the dense CRF, Potts compatibility. Returns Q, the refined probabilities.
 
     arrays: photo uint8 (H, W, 3), probabilities float32 (S, H, W), above 0 (the log is taken)  ->  float32 (S, H, W)
-    gauss: sxy (pixels), compat; bilateral: sxy, srgb (of 255), compat
+    gauss: sxy (pixels), compat; bilateral: sxy, srgb (of 255), compat. For label maps the run uses `crf_from_labels`.
     """
     from pydensecrf.densecrf import DenseCRF2D
 
@@ -32,7 +32,7 @@ def crf_from_labels(photo, labels, num_classes, gauss, bilateral, steps, sure):
     photo: uint8 (H, W, 3), labels: uint8 (H, W) in 0..S-1  ->  uint8 (H, W)
 
     The m labels that are absent share one unary and one message. One label stands for all m, exactly: its unary is
-    lowered by log m, its compatibility divided by m. about 2 times faster at 21 labels, 6 times at 81.
+    lowered by log m, its compatibility divided by m. About 2 times faster at 21 labels, 6 times at 81.
     """
     from pydensecrf.densecrf import DenseCRF2D
 

@@ -103,8 +103,8 @@ def read_any_seeds(folder, name, class_names, kind):
             raise InputError(f"{folder / name}.npz has class {classes.max()}, but there are {len(class_names)}")
         return classes, maps
     if (folder / f"{name}.npy").is_file():
-        raise InputError(f"{folder / name}.npy is a pickle, which can run any code when read: docs/formats.md "
-                         "shows how to make DIR/ID/CLASS.npy of files that you trust")
+        raise InputError(f"{folder / name}.npy is not read: a folder {name} with CLASS.npy is wanted. A pickle, which "
+                         "can run any code when read, is converted as docs/formats.md says, if you trust it")
     if not (folder / name).is_dir():
         raise InputError(f"no class maps of {name} in {folder}: neither {name}.npz nor {name}/CLASS.npy")
     paths = [folder / name / f"{label}.npy" for label in class_names]
@@ -113,13 +113,16 @@ def read_any_seeds(folder, name, class_names, kind):
         raise InputError(f"{stray[0]} is of none of the classes {' '.join(class_names)}: rename it, or move it away")
     try:
         maps = [np.load(paths[n], allow_pickle=False).astype(np.float32) for n in have]
+        if len({found.shape for found in maps}) > 1:
+            raise InputError(f"{folder / name} has class maps of different sizes")
         maps = np.stack(maps) if maps else np.zeros((0, 1, 1), np.float32)
     except seeds.UNREADABLE as error:
         raise InputError(f"cannot read {folder / name}: {error}") from None
     if maps.ndim != 3 or not np.isfinite(maps).all():
         raise InputError(f"{folder / name} has class maps that are not (H, W), or not finite")
     if maps.min(initial=0) < 0 or maps.max(initial=0) > 1:
-        raise InputError(f"{folder / name} has class maps with values outside [0, 1]")
+        raise InputError(f"{folder / name} has class maps from {maps.min():.3g} to {maps.max():.3g}: scale them to "
+                         "[0, 1]")
     return np.array(have, np.int64) + 1, maps
 
 
@@ -207,8 +210,9 @@ def stage_rows(dataset, out, workers, records):
 
     if classifier := records.get("classifier"):
         entropy = [found["entropy"] for found in classifier.get("watched", {}).values() if found["entropy"]]
-        rows.append({"stage": "classifier", "split": "val", "n": len(splits["val"]), "note": "mAP",
-                     "map": classifier["map"], "entropy": float(np.mean(entropy[-1])) if entropy else None})
+        rows.append({"stage": "classifier", "split": "val", "n": len(splits["val"]),
+                     "note": "mAP" if splits["val"] else "no val.txt", "map": classifier["map"],
+                     "entropy": float(np.mean(entropy[-1])) if entropy else None})
     if masks and splits["train"]:
         for name, values in zip(("random seeds", "background"), score_floor(dataset, splits["train"], workers)):
             rows.append({"stage": name, "split": "train", "n": len(splits["train"]), **values})

@@ -248,7 +248,7 @@ def attention_of(model, image, crop, device):
 # ---------------------------------------------------------------- contact sheets
 
 def sheets(args):
-    """Of each stage that was run its 8 best, middle and worst photos by their mean IoU -> OUT/sheets/STAGE.png"""
+    """The 8 best, middle and worst photos of each stage by mean IoU, ground truth above -> OUT/sheets/STAGE.png"""
     dataset, threshold = data.DataSet(args.data), seed_threshold(args.out, args.threshold)
     stages = [(name, split) for name, split in SHEETS.items() if stage.find_record(args.out, name)]
     if not stages:
@@ -262,6 +262,8 @@ def sheets(args):
                 labels[photo] = seed if name == "cams" else data.read_mask(path, dataset.num_classes)
         score = {photo: 100 * np.nanmean(iou(confusion(data.read_mask(dataset.mask(photo), dataset.num_classes), label,
                                                        dataset.num_classes))) for photo, label in labels.items()}
+        if not score:
+            raise InputError(f"{dataset.root} has no masks to rank the photos by")
         ranked = sorted(score, key=score.get, reverse=True)
         middle, rows = max(0, len(ranked) - EACH) // 2, []
         for what, photos in (("best", ranked[:EACH]), ("middle", ranked[middle:middle + EACH]),

@@ -180,14 +180,14 @@ def table_of_rows(runs, seeds):
     for floor in ("random seeds", "background"):
         values = [value for row in runs for value in values_of(runs, row, floor)]
         lines.append([floor, "", "", "", "", mean_and_deviation(values[:1]), "", "", ""])
-    note = ("mIoU %; mean ± deviation (n - 1) over seeds here and above. Entropy is that of the attention after "
-            "training, 1 is uniform.")
+    note = ("mIoU %; mean ± deviation (n - 1) over random seeds here and above. Entropy is that of the attention "
+            "after training, 1 is uniform.")
     if runs.keys() & {"transcam-shifted", "noise-x1-shifted"}:
         note += " Shifted: PSA's three thresholds moved so that 0.42 falls on the seeds' best one, chosen by looking."
     if "true-masks" in runs:
         note += " True-masks: the segmenter trained on the masks of train, a ceiling."
-    return {"title": "All rows, each seed", "head": ["row", "seeds", *(column[0] for column in MEASURED), "hours"],
-            "rows": lines, "note": note}
+    head = ["row", "random seeds", *(column[0] for column in MEASURED), "hours"]
+    return {"title": "All rows, each run", "head": head, "rows": lines, "note": note}
 
 
 def table_of_differences(runs):
@@ -208,7 +208,7 @@ def table_of_differences(runs):
 
 def table_of_thresholds(runs):
     shown = range(5, len(THRESHOLDS), 10)
-    return {"title": "Refined seeds over the hard threshold, mIoU %, mean over seeds",
+    return {"title": "Refined seeds over the hard threshold, mIoU %, mean over runs",
             "head": ["row", *(f"{THRESHOLDS[t]:.2f}" for t in shown)],
             "rows": [[row, *(f"{curve[t]:.2f}" for t in shown)] for row, curve in curves_of(runs).items()]}
 
@@ -316,7 +316,7 @@ def main():
         parser.add_argument("--threshold", type=real(0, 1),
                             help="of the seeds (default: the best that evaluate.py found, else 0.4)")
     for parser in (draw, table, html):
-        parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="of the runs")
+        parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="random seeds of the runs")
     table.add_argument("--into", type=Path, metavar="FILE", help="write them into it")
     commands.run()
 

@@ -1,4 +1,4 @@
-"""The rows of Table 5 over seeds: all stages of each, by the commands that a user would type, then the tables.
+"""The losses of Table 5, a row each, over random seeds: all stages, by the commands that a user would type; the tables.
 
     python results.py    -> OUT/rows/ROW-seedN/, and the tables of `report.py tables`
 
@@ -15,32 +15,33 @@ from commands import Commands, whole
 from pictures import seed_threshold
 from report import tables
 
-LOSSES = {  # rows of Table 5 as flags of bnr.py train
+LOSSES = {  # of Table 5, as flags of bnr.py train
     "transcam": ["--loss", "transcam"], "no-noise": ["--loss", "bnr", "--noise", "none"],
-    "noise-x1": ["--loss", "bnr", "--noise", "1"], "noise-x2": ["--loss", "bnr", "--noise", "2"],
-    "start": ["--epochs", "0"]}
+    "noise-x1": ["--loss", "bnr", "--noise", "1"], "noise-x2": ["--loss", "bnr", "--noise", "2"]}
+START = ["--epochs", "0"]
 STEPS = {  # the commands of a row, by the name of the flag that gives them more flags
     "train": ("bnr.py", "train"), "cams": ("bnr.py", "cams"), "labels": ("psa.py", "labels"),
     "affinity": ("psa.py", "train"), "walk": ("psa.py", "walk"), "seg": ("segment.py", "train"),
     "predict": ("segment.py", "predict")}
-SHIFTED = {"labels": (("--foreground", 0.60), ("--background", 0.25)), "walk": (("--background-score", 0.42),)}
+PUBLISHED = {"labels": {"--foreground": 0.60, "--background": 0.25}, "walk": {"--background-score": 0.42}}
 
 
 def results(args):
     """Run all stages of each row and seed; a stage that is done says so. Then the tables."""
-    start = []
+    from_warm = []
     if args.warm_start:
         warm = args.out / "rows" / "warm"
         call("bnr.py", "train", *common(args, warm, 0, "warm"), "--pretrained", args.warm_start, gpus=args.gpus)
-        start = ["--pretrained", warm / "classifier.pth"]
+        from_warm = ["--pretrained", warm / "classifier.pth"]
     for seed in args.seeds:
         for row in args.rows:
             goes_on = row in args.further and seed in (args.further_seeds or args.seeds)
-            more = {"train": [*start, *LOSSES[row]], "cams": ["--plain", *([] if goes_on else ["--split", "train"])]}
+            split = [] if goes_on else ["--split", "train"]
+            more = {"train": [*from_warm, *LOSSES[row]], "cams": ["--plain", *split]}
             run_row(args, row, seed, list(STEPS) if goes_on else ["train", "cams"], more)
             if goes_on and args.shifted:
                 run_shifted(args, row, seed)
-    more = {"train": [*start, *LOSSES["start"]], "cams": ["--plain", *["--eigen"] * bool(start), "--split", "train"]}
+    more = {"train": [*from_warm, *START], "cams": ["--plain", *["--eigen"] * bool(from_warm), "--split", "train"]}
     run_row(args, "start", 0, ["train", "cams"], more)
     if args.true_masks:
         masks = ["--train-list", "train", "--labels", args.data / "SegmentationClass"]
@@ -65,15 +66,15 @@ def run_row(args, row, seed, steps, more):
 
 
 def run_shifted(args, row, seed):
-    """PSA once more on a row's seeds, its thresholds moved as far as the seeds' best one lies from the published."""
+    """PSA once more on a row's seeds, all three thresholds moved by the best threshold of the seeds less 0.42."""
     source, to = (args.out / "rows" / f"{name}-seed{seed}" for name in (row, f"{row}-shifted"))
     to.mkdir(parents=True, exist_ok=True)
     for name in ("classifier.json", "classifier.pth", "cams.json"):
         shutil.copy2(source / name, to / name)
     shutil.copytree(source / "cams", to / "cams", dirs_exist_ok=True)
-    by = seed_threshold(source, None) - SHIFTED["walk"][0][1]
-    more = {step: [part for flag, value in flags for part in (flag, f"{value + by:.2f}")]
-            for step, flags in SHIFTED.items()}
+    by = seed_threshold(source, None) - PUBLISHED["walk"]["--background-score"]
+    more = {step: [part for flag, value in flags.items() for part in (flag, f"{value + by:.2f}")]
+            for step, flags in PUBLISHED.items()}
     run_row(args, f"{row}-shifted", seed, ["labels", "affinity", "walk"], more)
 
 
@@ -90,22 +91,24 @@ def call(script, *flags, gpus=1):
 def main():
     commands = Commands(__doc__, {"voc": {}, "coco": {}, "toy": {}, "small": {"amp": True}})
     parser = commands.only(results)
-    rows = list(LOSSES)[:-1]
-    parser.add_argument("--rows", nargs="+", choices=rows, default=rows, help="of Table 5; where they start is added")
+    rows = list(LOSSES)
+    parser.add_argument("--rows", nargs="+", choices=rows, default=rows,
+                        help="losses to train; the start is scored too (row start)")
     parser.add_argument("--further", nargs="*", choices=rows, default=["transcam", "noise-x1"],
-                     help="rows that go on to pseudo labels and segmenter")
-    parser.add_argument("--further-seeds", type=whole(0), nargs="*",
-                        help="seeds of these rows (default: all of --seeds)")
+                     help="those of --rows that go on to pseudo labels and segmenter")
+    parser.add_argument("--further-seeds", type=whole(0), nargs="+",
+                        help="seeds with which they go on (default: all of --seeds)")
     parser.add_argument("--warm-start", type=Path, metavar="FILE",
                      help="train one TransCAM classifier from it first, by the preset warm; all rows go on from that")
     parser.add_argument("--shifted", action="store_true",
                      help="further rows: PSA also with thresholds moved to the seeds' best, chosen by looking")
-    parser.add_argument("--true-masks", action="store_true", help="a segmenter trained on the masks of train, too")
+    parser.add_argument("--true-masks", action="store_true",
+                        help="also a segmenter trained on the masks of train, a ceiling")
     parser.add_argument("--gpus", type=whole(1), default=1, help="processes of torchrun")
     for step, command in STEPS.items():
         parser.add_argument(f"--{step}-flags", default="", metavar="FLAGS",
-                         help=f'more flags of {" ".join(command)}, as --{step}-flags="--seed 1"')
-    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="of the runs")
+                         help=f'more flags of {" ".join(command)}, one string after =')
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="random seeds of the runs")
     parser.add_argument("--into", type=Path, metavar="FILE", help="write the tables into it")
     commands.run()
 

@@ -274,7 +274,7 @@ class Stage:
             read_record(args.out, source)
             if older := is_stale(args.out, source):
                 (what, target), earlier = STAGES[source], STAGES[older][0]
-                raise InputError(f'the {what} in {args.out} are older than the {earlier}: run "make {target}" first')
+                raise InputError(f'{what} in {args.out}: older than the {earlier}: run "make {target}" first')
         if RANK == 0:
             sweep(args.out)
         self.record = {
@@ -338,7 +338,7 @@ class Stage:
     def _refusal(self, state, changed):
         shown = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items() if key != "data_set")
         shown = ", ".join(filter(None, [shown, "data_set" in changed and "the data set has other lists or labels"]))
-        return InputError(f"the {self.what} in {self.out} ({state}) was made with other settings: {shown}: "
+        return InputError(f"{self.what} in {self.out} ({state}): made with other settings: {shown}: "
                           "take another OUT= (--out), or make it anew with FRESH=1 (--fresh)")
 
     def todo(self, names, ending):

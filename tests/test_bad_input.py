@@ -411,7 +411,7 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
     "maps in one pickle": (
         put("maps/toy_0000.npy", ""),
         ("evaluate.py", "--seeds", "maps", *WHERE),
-        "toy_0000.npy is a pickle",
+        "toy_0000.npy is not read",
     ),
     # records
     **{

@@ -79,7 +79,7 @@ def test_help_shows_the_defaults_of_the_preset_that_would_be_taken(monkeypatch, 
     record = {"id": "", "done": True, "seconds": 0, "settings": {}, "inputs": {}, "data": "x", "preset": "small"}
     stage.write_json(tmp_path / "out" / "classifier.json", record)
     said = " ".join(run("bnr.py", "train", *flags, "--help").split())
-    assert f"side of the square crops, pixels (default: {crop})" in said
+    assert f"side of square crops, pixels (default: {crop})" in said
 
 
 def test_a_preset_gives_defaults_to_the_flags_of_a_command_and_no_others(monkeypatch):

@@ -83,7 +83,7 @@ def interrupt(monkeypatch, module, function, call):
 def test_other_settings_are_refused_with_the_differences(here, name):
     *flags, says = OTHER[name]
     line = refused(1, *stage(name), *flags)
-    assert re.search(f"out .finished. was made with other settings: {says}: take another OUT=.*FRESH=1", line)
+    assert re.search(f"out .finished.: made with other settings: {says}: take another OUT=.*FRESH=1", line)
 
 
 @pytest.mark.parametrize("name", MAKES)
@@ -198,7 +198,7 @@ def test_what_hangs_on_an_earlier_input_is_marked_refused_and_made_anew(here):
         ("segmenter", "seg"),
     ):
         assert found[row]["stale"] == f"older than the classifier: make {target}"
-    assert 'are older than the classifier: run "make cams" first' in refused(1, *stage("labels"))
+    assert ': older than the classifier: run "make cams" first' in refused(1, *stage("labels"))
     for name, source in (
         ("cams", "classifier"),
         ("labels", "seeds"),
