@@ -221,24 +221,37 @@ def markdown(table):
     return "\n".join([f"**{table['title']}**", "", lines[0], "|---" * len(table["head"]) + "|", *lines[1:], *note, ""])
 
 
-def made_by(runs):
-    """Machines, precision and settings of the runs as Markdown."""
+def made_by(runs, warm):
+    """Machines, precision and settings of the runs as Markdown. warm: record of their warm start, or None"""
     every = [run for seeds in runs.values() for run in seeds.values()]
     devices = sorted({device for run in every for device in run["devices"]})
     precisions = sorted({precision for run in every for precision in run["precision"].values()})
     lines = [f"On {', '.join(devices)}, in {', '.join(precisions)}. Settings:\n"]
-    for name, flags in common_settings(runs).items():
-        lines.append(f"- `{name}` " + " ".join(f"{flag}={value}" for flag, value in flags.items()))
+    common = common_settings(runs)
+    shown = list(common.items())
+    if warm:
+        shown.append(("classifier of the warm start", unlike(warm["settings"], common["classifier"])))
+    for row in EXTRA:
+        for name, flags in next(iter(runs.get(row, {}).values()), {"settings": {}})["settings"].items():
+            shown.append((f"{name} of {row}", unlike(flags, common.get(name, {}))))
+    for name, flags in shown:
+        lines += [f"- `{name}` " + " ".join(f"{flag}={value}" for flag, value in flags.items())] if flags else []
     return "\n".join(lines)
+
+
+def unlike(flags, common):
+    """Those that differ."""
+    return {flag: value for flag, value in flags.items() if flag not in OWN and common.get(flag) != value}
 
 
 def tables(args):
     """Print Tables 1-5 as Markdown, with mean and deviation over the seeds at hand; --into writes them into a file."""
     runs, name = read_runs(args.out, args.seeds), args.data.resolve().name
-    text = "\n".join([*map(markdown, make_tables(runs, name, args.seeds)), made_by(runs)])
+    warm = stage.find_record(args.out / "rows" / "warm", "classifier")
+    text = "\n".join([*map(markdown, make_tables(runs, name, args.seeds)), made_by(runs, warm)])
     print(text)
     if args.into:
-        begin = f"# Results: {name}\n\nWritten by `make tables` ([what they say](results.md)).\n\n"
+        begin = f"# Results: {name}\n\nWritten by `make tables`.\n\n"
         stage.write(args.into, lambda file: file.write(f"{begin}{text}\n".encode()))
 
 

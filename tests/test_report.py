@@ -107,6 +107,18 @@ def test_differences_are_those_of_the_same_seed(toy, tmp_path):
     assert line[3:6] == ["1.50 ± 0.71 (+1.00, +2.00)", "0.50 ± 2.12 (+2.00, -1.00)", "not run"]
 
 
+def test_what_stands_beside_the_rows_is_told_with_its_own_settings(toy, tmp_path):
+    folder = tmp_path / "rows"
+    stage.write_json(folder / "transcam-seed0" / "results.json", results_of((39, 48, None, None), lr=1))
+    ceiling = {**results_of((None, None, None, 55)), "settings": {"segmenter": {"lr": 3, "seed": 0}}}
+    stage.write_json(folder / "true-masks-seed0" / "results.json", ceiling)
+    record = {"id": "", "done": True, "seconds": 0, "settings": {"epochs": 2, "lr": 9}, "inputs": {}}
+    stage.write_json(folder / "warm" / "classifier.json", record)
+    said = run("report.py", "tables", "--data", toy, "--out", tmp_path, "--device", "cpu")
+    assert cells(said, "true-masks")[0][7] == "55.00"
+    assert "- `classifier of the warm start` lr=9\n- `segmenter of true-masks` lr=3\n" in said
+
+
 def test_runs_of_other_settings_are_not_one_table(rows):
     other = results_of((1, 2, None, None), epochs=3, noise=2)
     stage.write_json(rows[1] / "rows" / "noise-x2-seed0" / "results.json", other)
