@@ -249,7 +249,7 @@ class AffinityNet(nn.Module):
         return F.elu(self.f9(torch.cat(features, dim=1)))
 
 
-def augment(crop):
+def augment_pair(crop):
     """Jitter of the whole photo, crop with black padding, flip: TransCAM's order. The padding is background, as there.
 
     PIL photo, tv_tensors.Mask (H, W)  ->  float32 (3, crop, crop), Mask (crop, crop)
@@ -264,7 +264,7 @@ def train(args):
         raise FlagError(f"--crop {args.crop} is no multiple of {STRIDE}")
     dataset = data.DataSet(args.data)
     ids = dataset.ids("train_aug")
-    folder, prepare = args.out / "affinity_labels", augment(args.crop)
+    folder, prepare = args.out / "affinity_labels", augment_pair(args.crop)
 
     def item(name, photo):
         label = data.read_mask(folder / f"{name}.png", dataset.num_classes, photo.size[::-1])

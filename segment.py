@@ -105,7 +105,7 @@ def random_scale(photo, label, low, high):
     return photo, v2.functional.resize(label, photo.size[::-1], InterpolationMode.NEAREST)
 
 
-def augment(photo, label, scale_range, crop):
+def augment_labelled(photo, label, scale_range, crop):
     """Colour jitter, flip, scale, crop; the photo is padded with the mean colour, the label with void.
 
     PIL photo, uint8 (H, W)  ->  float32 (3, crop, crop), int64 (crop, crop)
@@ -125,7 +125,7 @@ def train(args):
 
     def item(name, photo):
         label = data.read_mask(folder / f"{name}.png", dataset.num_classes, photo.size[::-1])
-        return augment(photo, label, args.scale_range, args.crop)
+        return augment_labelled(photo, label, args.scale_range, args.crop)
 
     batches = data.Batches(data.Images(dataset.image, ids, item), args)
     reads = () if args.labels else ("pseudo_labels",)

@@ -170,7 +170,7 @@ def test_facts_that_are_no_flags_are_the_published_ones():
 
 @pytest.mark.parametrize("augment, order, padding", [
     (bnr.augment(512, (320, 640)), (v2.RandomHorizontalFlip, v2.ColorJitter, v2.RandomCrop), data.MEAN_COLOUR),
-    (psa.augment(448), (v2.ColorJitter, v2.RandomCrop, v2.RandomHorizontalFlip), 0)])
+    (psa.augment_pair(448), (v2.ColorJitter, v2.RandomCrop, v2.RandomHorizontalFlip), 0)])
 def test_photos_are_changed_by_the_published_amounts_in_the_published_order(augment, order, padding):
     steps = [step for step in augment.transforms if isinstance(step, order)]
     assert tuple(map(type, steps)) == order

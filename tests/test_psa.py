@@ -259,6 +259,6 @@ def test_the_padding_of_a_crop_is_black_and_background():
     black = -torch.tensor(data.MEAN) / torch.tensor(data.STD)
     for seed in range(5):
         torch.manual_seed(seed)
-        image, crop = psa.augment(64)(photo, label)
+        image, crop = psa.augment_pair(64)(photo, label)
         assert image.shape == (3, 64, 64) and (crop == 0).sum() == 64 * 64 - 50 * 40
         assert_close(image[:, crop == 0], black[:, None].expand(3, 2096))
