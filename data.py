@@ -63,6 +63,8 @@ class DataSet:
             self.classes = VOC_CLASSES if voc.is_dir() else sorted(set().union(*self._labels.values()))
         if not self.classes or len(set(self.classes)) < len(self.classes) or len(self.classes) >= VOID:
             raise InputError(f"{self.root} names {len(self.classes)} classes: 1 to {VOID - 1} are needed, each once")
+        if wrong := next(filter(leads_out, self.classes), None):  # `export` names files so
+            raise InputError(f"{self.root} has the class {wrong!r}, which would lead out of a folder")
         self.num_classes = 1 + len(self.classes)
 
     def list_file(self, split):
@@ -146,12 +148,17 @@ class DataSet:
         return hashlib.sha256(repr((self.classes, known)).encode()).hexdigest()[:16]
 
 
+def leads_out(name):
+    """Whether a file of this name would lie outside the folder that it is written into."""
+    return name.startswith("/") or "\0" in name or ".." in Path(name).parts
+
+
 def photo_id(text, source="the list"):
     """ "/JPEGImages/ID.jpg", "ID.jpg" or "ID"  ->  "ID"; InputError where a file of that name would lie elsewhere. """
     name = text.split("JPEGImages/")[-1].lstrip("/") if "JPEGImages/" in text else text
     stem, _, ending = name.rpartition(".")
     name = stem if f".{ending.lower()}" in PHOTOS else name
-    if not name or name.startswith("/") or "\0" in name or ".." in Path(name).parts:
+    if not name or leads_out(name):
         raise InputError(f"{source} has the id {text!r}, which would lead out of the folder")
     return name
 

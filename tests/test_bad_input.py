@@ -228,6 +228,12 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
         "photos names 0 classes: 1 to 254",
     ),
     "class twice": (add("data/classes.txt", "cat"), train, "data names 6 classes: 1 to 254 are needed, each once"),
+    "class ..": (put("data/classes.txt", "cat ../../evil"), train, "data has the class '../../evil', which"),
+    "class absolute": (
+        all_of(put("photos/labels.txt", "a /tmp/evil\n"), picture("photos/a.jpg", (9, 9))),
+        ("bnr.py", "train", "--data", "photos", "--out", "new", *SMALL),
+        "photos has the class '/tmp/evil', which would lead out",
+    ),
     "300 classes": (put("data/classes.txt", " ".join(map(str, range(300)))), train, "data names 300 classes"),
     "no data": (NOTHING, ("bnr.py", "train", "--data", "absent", *SMALL), "absent is no data set"),
     "data is a file": (NOTHING, ("bnr.py", "train", "--data", PHOTO, *SMALL), "is no data set"),
