@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from engine import WORLD, peak_memory, pick_device, precision
-from stage import DISK_ERRORS, DISK_REMEDY, STAGES, FlagError, InputError, NoDataSet, find_record, read_record_file
+from stage import (DISK_ERRORS, DISK_REMEDY, RANK, STAGES, FlagError, InputError, NoDataSet, find_record,
+                   read_record_file, sweep)
 
 WAIT = timedelta(hours=2)  # of the other processes while the first one scores
 
@@ -182,7 +183,9 @@ def _record_in(out):
 
 
 def _prepare(args):
-    """Device, precision and random numbers of a command."""
+    """Device, precision and random numbers of a command; what dead processes left in OUT is swept away."""
+    if RANK == 0:
+        sweep(args.out)
     args.device = pick_device(args.device)
     if WORLD > 1:
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=WAIT)

@@ -275,6 +275,7 @@ def coco(args):
     needed = [*splits, *(f"annotations/instances_{split}.json" for split in splits)]
     if missing := [name for name in needed if not (root / name).exists()]:
         raise InputError(f"{root} lacks {', '.join(missing)} of COCO 2014: put them there")
+    stage.sweep(root / "SegmentationClass")
     link_photos(root / "JPEGImages", splits)
     lists, labels, classes = {}, {}, None
     for name, split in COCO_SPLITS.items():

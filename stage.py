@@ -275,8 +275,6 @@ class Stage:
             if older := is_stale(args.out, source):
                 (what, target), earlier = STAGES[source], STAGES[older][0]
                 raise InputError(f'{what} in {args.out}: older than the {earlier}: run "make {target}" first')
-        if RANK == 0:
-            sweep(args.out)
         self.record = {
             "id": uuid.uuid4().hex, "done": False, "seconds": 0,
             "data": str(args.data.resolve()), "preset": args.preset,

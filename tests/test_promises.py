@@ -284,10 +284,11 @@ def test_check_names_what_would_break_a_stage(here):
         path.write_bytes(old)
 
 
-def test_temporary_files_of_dead_processes_are_swept_away(here):
+@pytest.mark.parametrize("command", [stage("cams"), stage("evaluate"), ("report.py", "sheets", *WHERE)])
+def test_temporary_files_of_dead_processes_are_swept_away(here, command):
     dead, alive = Path("out/.a.png.4194305.tmp"), Path(f"out/.b.png.{os.getppid()}.tmp")
     dead.touch(), alive.touch()
-    run(*stage("cams"))
+    run(*command)
     assert alive.exists() and not dead.exists()
 
 
