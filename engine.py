@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from stage import RANK, FlagError, InputError, digest, find_record, is_whole, read_json, write
+from stage import RANK, STAGES, FlagError, InputError, digest, find_record, is_whole, read_json, write
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes under torchrun
 SAVE_SECONDS = 300  # between two checkpoints of a training
@@ -298,7 +298,8 @@ def read_trained(path, hint="", network=None):
 
     -> tensors by name, what rebuilds the network
     """
-    saved = read_weights(path, hint)
+    own = f': run "make {STAGES[path.stem][1]}"' if path.stem in STAGES else ""
+    saved = read_weights(path, hint or own)
     if network and "network" not in saved:
         return saved.get("model", saved), network
     record = find_record(path.parent, path.stem)

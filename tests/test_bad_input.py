@@ -529,7 +529,16 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
         stage("predict"),
         "segmenter.pth: .* not finite",
     ),
-    "classifier cut": (without("cams", cut("out/classifier.pth")), stage("cams"), "classifier.pth is damaged"),
+    "classifier cut": (
+        without("cams", cut("out/classifier.pth")),
+        stage("cams"),
+        'classifier.pth is damaged.*: run "make train"',
+    ),
+    "AffinityNet missing": (
+        without("walk", lambda: Path("out/affinitynet.pth").unlink()),
+        stage("walk"),
+        'no weight file out/affinitynet.pth: run "make psa"',
+    ),
     "another classifier": (
         without("cams", swap("out/classifier.pth", "out/segmenter.pth")),
         stage("cams"),
