@@ -209,9 +209,9 @@ def stage_rows(dataset, out, workers, records):
         rows.append({**row, **score(have)})
 
     if classifier := records.get("classifier"):
-        entropy = [found["entropy"] for found in classifier.get("watched", {}).values() if found["entropy"]]
+        entropy = [found["entropy"] for found in (classifier.get("watched") or {}).values() if found["entropy"]]
         rows.append({"stage": "classifier", "split": "val", "n": len(splits["val"]),
-                     "note": "mAP" if splits["val"] else "no val.txt", "map": classifier["map"],
+                     "note": "mAP" if splits["val"] else "no val.txt", "map": classifier.get("map"),
                      "entropy": float(np.mean(entropy[-1])) if entropy else None})
     if masks and splits["train"]:
         for name, values in zip(("random seeds", "background"), score_floor(dataset, splits["train"], workers)):
@@ -222,14 +222,18 @@ def stage_rows(dataset, out, workers, records):
             add(row, "train", "cams", ".npz",
                 lambda ids, kind=kind: score_seeds(dataset, ids, out / "cams", workers, kind))
 
-    def add_masks(row, split, needs, shown):
+    def add_masks(row, split, needs, how):
         add(row, split, needs, ".png",
-            lambda ids: score_masks(dataset, ids, out / needs, workers, row, *shown(settings[needs])))
+            lambda ids: score_masks(dataset, ids, out / needs, workers, row, *how(settings[needs])))
+
+    def shown(flags, flag):  # older records may lack it
+        return f"{flags[flag]:.2f}" if isinstance(flags.get(flag), float) else "?"
 
     add_masks("affinity labels", "train", "affinity_labels",
-              lambda flags: (f"{flags['foreground']:.2f}/{flags['background']:.2f}", "yes"))
-    add_masks("pseudo labels", "train", "pseudo_labels", lambda flags: (f"bg {flags['background_score']:.2f}", "yes"))
-    add_masks("segmenter", "val", "segmentation", lambda flags: ("-", "yes" if flags["crf"] else "no"))
+              lambda flags: (f"{shown(flags, 'foreground')}/{shown(flags, 'background')}", "yes"))
+    add_masks("pseudo labels", "train", "pseudo_labels",
+              lambda flags: (f"bg {shown(flags, 'background_score')}", "yes"))
+    add_masks("segmenter", "val", "segmentation", lambda flags: ("-", "yes" if flags.get("crf", True) else "no"))
     return rows
 
 
@@ -248,7 +252,8 @@ def evaluate(args):
             rows.append({"stage": args.masks.name, "split": args.split, "n": len(ids), **found})
         print_table(rows, ["background", *dataset.classes])
         return
-    records = {name: record for name in STAGES if (record := stage.find_record(args.out, name))}
+    names = [name for name in STAGES if stage.find_record(args.out, name)]
+    records = {name: stage.read_json(args.out / f"{name}.json", stage.FINISHED) for name in names}
     if not records:
         raise InputError(f'nothing to score in {args.out}: run "make train"')
     rows = stage_rows(dataset, args.out, args.workers, records)

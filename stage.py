@@ -29,6 +29,7 @@ NO_SETTING = {"command", "function", "parser", "out", "data", "device", "workers
               "paths", "amp", "fresh", "deterministic"}
 RECORD = {"id": str, "done": bool, "seconds": (int, float), "settings": dict, "inputs": dict,
           "data": (str, type(None)), "preset": (str, type(None))}  # older ones lack the last two
+FINISHED = {"device": str, "precision": str, "map": (int, float, type(None)), "watched": (dict, type(None))}
 RESULTS = {"data": str, "classes": list, "rows": list, "devices": list, "precision": dict, "seconds": dict,
            "settings": dict}
 NETWORKS = ("classifier", "affinitynet", "segmenter")  # stages whose result is a .pth
@@ -133,8 +134,12 @@ def read_json(path, kinds={}):
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
-        raise InputError(f"{path} is damaged or none of ours: move it away")
+        raise _damaged(path)
     return value
+
+
+def _damaged(path):
+    return InputError(f"{path} is damaged or none of ours: move it away")
 
 
 def is_whole(path):
@@ -232,7 +237,13 @@ def read_record(out, name):
 
 def read_record_file(path):
     """A record, or None where there is none."""
-    return read_json(path, RECORD) if path.is_file() else None
+    if not path.is_file():
+        return None
+    record, name = read_json(path, RECORD), path.name.split(".")[0]
+    earlier = list(STAGES)[:list(STAGES).index(name)] if name in STAGES else STAGES
+    if not set(record["inputs"]) <= set(earlier):
+        raise _damaged(path)
+    return record
 
 
 def read_results(out):
@@ -242,7 +253,7 @@ def read_results(out):
         return None
     results = read_json(path, RESULTS)
     if not all(isinstance(row, dict) and {"stage", "split"} <= row.keys() for row in results["rows"]):
-        raise InputError(f"{path} is damaged or none of ours: move it away")
+        raise _damaged(path)
     return results
 
 

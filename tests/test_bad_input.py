@@ -433,9 +433,16 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
             "foreign": '{"id": "7"}',
             "binary": bytes(range(256)),
             "UTF-16": "{}".encode("utf-16"),
+            "of odd inputs": '{"id": "7", "done": true, "seconds": 1, "settings": {}, "inputs": {"foo": "1"}}',
+            "of itself": '{"id": "7", "done": true, "seconds": 1, "settings": {}, "inputs": {"classifier": "8"}}',
             "settings a list": '{"id": "7", "done": true, "seconds": 1, "settings": [], "inputs": {}}',
         }.items()
     },
+    "classifier.json foreign, scored": (
+        put("out/classifier.json", '{"id": "7", "done": true, "seconds": 1, "settings": {}, "inputs": {}}'),
+        stage("evaluate"),
+        "out/classifier.json is damaged or none of ours: move it away",
+    ),
     "cams.json cut": (cut("out/cams.json"), stage("labels"), "out/cams.json is damaged or none of ours: move it away"),
     "part.json text": (
         put("out/classifier.part.json", "hello"),

@@ -173,6 +173,11 @@ def test_a_flag_that_an_older_record_lacks_counts_as_its_default(here):
     Path("out/classifier.json").write_text(json.dumps(old))
     assert "done already" in run(*stage("train"))
     assert "loss bnr -> transcam" in refused(1, *stage("train"), "--loss", "transcam")
+    for name, flag in (("labels", "foreground"), ("walk", "background_score"), ("predict", "crf")):
+        old = record(name)
+        del old["settings"][flag]
+        Path(f"out/{MAKES[name]}.json").write_text(json.dumps(old))
+        assert MAKES[name].replace("_", " ").replace("segmentation", "segmenter") in rows()
 
 
 @pytest.mark.parametrize("name", TRAININGS)
