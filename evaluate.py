@@ -19,6 +19,8 @@ from data import VOID
 from stage import STAGES, InputError
 
 THRESHOLDS = np.arange(60, dtype=np.float32) / 100  # of the seeds: 0.00 ... 0.59 (TransCAM)
+RESULTS = {"data": str, "classes": list, "rows": list, "devices": list, "precision": dict, "seconds": dict,
+           "settings": dict}
 POOL_FROM = 1000  # photos: below that a pool of processes takes longer to start than to score
 
 
@@ -197,6 +199,8 @@ def stage_rows(dataset, out, workers, records):
         ids, (what, target) = splits[split], STAGES[needs]
         have = [name for name in ids if stage.is_whole(out / needs / f"{name}{ending}")] if needs in records else []
         row = {"stage": row, "split": split, "n": len(have)}
+        if needs in records:
+            row.update(of=needs, id=records[needs]["id"])
         if not masks or not ids or not have:
             why = "no masks" if not masks else f"no {split}.txt" if not ids else f"not run: make {target}"
             rows.append({**row, "n": len(ids), "note": why})
@@ -210,7 +214,8 @@ def stage_rows(dataset, out, workers, records):
 
     if classifier := records.get("classifier"):
         entropy = [found["entropy"] for found in (classifier.get("watched") or {}).values() if found["entropy"]]
-        rows.append({"stage": "classifier", "split": "val", "n": len(splits["val"]),
+        rows.append({"stage": "classifier", "of": "classifier", "id": classifier["id"],
+                     "split": "val", "n": len(splits["val"]),
                      "note": "mAP" if splits["val"] else "no val.txt", "map": classifier.get("map"),
                      "entropy": float(np.mean(entropy[-1])) if entropy else None})
     if masks and splits["train"]:
@@ -235,6 +240,25 @@ def stage_rows(dataset, out, workers, records):
               lambda flags: (f"bg {shown(flags, 'background_score')}", "yes"))
     add_masks("segmenter", "val", "segmentation", lambda flags: ("-", "yes" if flags.get("crf", True) else "no"))
     return rows
+
+
+def read_results(out):
+    """OUT/results.json, or None where there is none; a row whose stage or what it hangs on was made anew says so."""
+    path = out / "results.json"
+    if not path.is_file():
+        return None
+    results = stage.read_json(path, RESULTS)
+    for row in results["rows"]:
+        if not isinstance(row, dict) or not {"stage", "split"} <= row.keys():
+            raise stage.damaged(path)
+        name = row.get("of")  # floors, and rows of older files, are of none
+        if name not in STAGES or not (record := stage.find_record(out, name)):
+            continue
+        if record["id"] != row.get("id"):
+            row["stale"] = f"scored before the {STAGES[name][0]} was made anew: make eval"
+        elif older := stage.is_stale(out, name):
+            row["stale"] = f"older than the {STAGES[older][0]}: make {STAGES[name][1]}"
+    return results
 
 
 def evaluate(args):

@@ -19,7 +19,7 @@ from PIL import Image
 
 import data
 import engine
-from evaluate import POOL_FROM, THRESHOLDS, confusion, iou
+from evaluate import POOL_FROM, THRESHOLDS, confusion, iou, read_results
 from seeds import hard_threshold, read_seeds
 
 TEMPLATE = Path(__file__).with_suffix(".html").with_stem("report")
@@ -211,7 +211,8 @@ def result_tables(results):
         how = row.get("threshold", "-"), row.get("crf", "-")
         rows.append([row["stage"], row["split"], row["n"], *how, kind, shown, note])
         if value is not None and row["stage"] not in ("random seeds", "background"):
-            numbers.append([row["stage"], shown, f"{kind} %, {row['split']}, N = {row['n']}"])
+            stale = f"; {row['stale']}" if "stale" in row else ""
+            numbers.append([row["stage"], shown, f"{kind} %, {row['split']}, N = {row['n']}{stale}"])
         if "iou" in row:
             scored.append(row)
     tables = [{"title": "Stages", "head": ["stage", "split", "N", "threshold", "CRF", "", "%", ""], "rows": rows,
@@ -235,11 +236,12 @@ def render(value):
 def write_page(dataset, out, tables, curves, threshold, count, side, workers):
     """tables, curves: those of the rows over seeds, beside the run's own -> OUT/report.html"""
     splits, totals = {}, {}
+    stage.note_stale(out)
     for split in ("val", "train" if dataset.ids("train", required=False) else "train_aug"):
         found, matrices = gather(dataset, split, out, threshold, count, side, workers)
         if found["photos"]:
             splits[split], totals[split] = found, matrices
-    results = stage.read_results(out) or {"rows": [], "classes": []}
+    results = read_results(out) or {"rows": [], "classes": []}
     numbers, own = result_tables(results) if results["rows"] else ([], [])
     records = {}
     for name in stage.STAGES:

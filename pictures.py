@@ -13,7 +13,7 @@ import bnr
 import data
 import engine
 from conformer import STRIDE
-from evaluate import confusion, iou
+from evaluate import confusion, iou, read_results
 from seeds import combine_scales, hard_threshold, read_seeds
 from stage import FlagError, InputError
 
@@ -47,7 +47,7 @@ def how_to_run(args, row):
 
 def seed_threshold(out, given):
     """The flag's, else the best of the run's scored seeds."""
-    rows = (stage.read_results(out) or {"rows": []})["rows"]
+    rows = (read_results(out) or {"rows": []})["rows"]
     best = [row["best"] for row in rows if row["stage"] == "refined seeds" and "best" in row]
     if given is not None:
         return given
@@ -147,6 +147,7 @@ def show(args):
     else:
         dataset = data.DataSet(args.data)
         stage.read_record(args.out, "cams")
+        stage.note_stale(args.out)
         ids = (args.ids or dataset.ids("train", required=False) or dataset.ids("train_aug"))[:args.first]
         threshold = seed_threshold(args.out, args.threshold)
         panels = [stages_of(dataset, args.out, name, threshold) for name in ids]
@@ -253,6 +254,7 @@ def sheets(args):
     stages = [(name, split) for name, split in SHEETS.items() if stage.find_record(args.out, name)]
     if not stages:
         raise InputError(f'nothing to draw in {args.out}: run "make cams"')
+    stage.note_stale(args.out)
     for name, split in stages:
         labels = {}
         for photo in dataset.ids(split, required=False):

@@ -19,7 +19,7 @@ from PIL import Image
 import data
 import pictures
 from commands import Commands, real, whole
-from evaluate import THRESHOLDS
+from evaluate import THRESHOLDS, read_results
 from page import write_page
 
 ROWS = {  # of Table 5: name, line in Figure 4
@@ -61,8 +61,11 @@ def read_runs(out, seeds):
     runs = {}
     for row in (*ROWS, *EXTRA):
         for seed in sorted({*seeds, 0} if row == "start" else seeds):
-            if found := stage.read_results(out / "rows" / f"{row}-seed{seed}"):
+            if found := read_results(out / "rows" / f"{row}-seed{seed}"):
                 runs.setdefault(row, {})[seed] = found
+                for entry in found["rows"]:
+                    if "stale" in entry:
+                        print(f"note: {row}-seed{seed}, {entry['stage']}: {entry['stale']}")
     if not runs.keys() & ROWS.keys():
         raise stage.InputError(f'no ROW-seedN/results.json in {out / "rows"}: run "make results"')
     common_settings(runs)

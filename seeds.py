@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from data import DataSet
-from stage import InputError, read_record, write
+from stage import InputError, note_stale, read_record, write
 
 UNREADABLE = (OSError, ValueError, LookupError, EOFError, RuntimeError, TypeError, MemoryError, SyntaxError,
               zipfile.BadZipFile, zlib.error)  # of numpy, and of maps that are none
@@ -93,6 +93,7 @@ def export(args):
     """Write the seeds of every photo as DIR/ID/CLASS.npy, float32 (H, W) in [0, 1], for other people's code."""
     dataset, folder = DataSet(args.data), args.out / "cams"
     read_record(args.out, "cams")
+    note_stale(args.out)
     for path in sorted(folder.rglob("*.npz")):
         for c, cam in zip(*read_seeds(path)):
             to = args.to / path.relative_to(folder).with_suffix("") / f"{dataset.classes[c - 1]}.npy"

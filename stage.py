@@ -30,8 +30,6 @@ NO_SETTING = {"command", "function", "parser", "out", "data", "device", "workers
 RECORD = {"id": str, "done": bool, "seconds": (int, float), "settings": dict, "inputs": dict,
           "data": (str, type(None)), "preset": (str, type(None))}  # older ones lack the last two
 FINISHED = {"device": str, "precision": str, "map": (int, float, type(None)), "watched": (dict, type(None))}
-RESULTS = {"data": str, "classes": list, "rows": list, "devices": list, "precision": dict, "seconds": dict,
-           "settings": dict}
 NETWORKS = ("classifier", "affinitynet", "segmenter")  # stages whose result is a .pth
 RANK = int(os.environ.get("RANK", 0))  # of this process under torchrun: the first one writes the records
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR}
@@ -134,11 +132,11 @@ def read_json(path, kinds={}):
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
-        raise _damaged(path)
+        raise damaged(path)
     return value
 
 
-def _damaged(path):
+def damaged(path):
     return InputError(f"{path} is damaged or none of ours: move it away")
 
 
@@ -242,19 +240,8 @@ def read_record_file(path):
     record, name = read_json(path, RECORD), path.name.split(".")[0]
     earlier = list(STAGES)[:list(STAGES).index(name)] if name in STAGES else STAGES
     if not set(record["inputs"]) <= set(earlier):
-        raise _damaged(path)
+        raise damaged(path)
     return record
-
-
-def read_results(out):
-    """OUT/results.json, or None where there is none."""
-    path = out / "results.json"
-    if not path.is_file():
-        return None
-    results = read_json(path, RESULTS)
-    if not all(isinstance(row, dict) and {"stage", "split"} <= row.keys() for row in results["rows"]):
-        raise _damaged(path)
-    return results
 
 
 def is_stale(out, name):
@@ -266,6 +253,13 @@ def is_stale(out, name):
         if older := is_stale(out, source):
             return older
     return None
+
+
+def note_stale(out):
+    """Print what is older than its inputs, where it is drawn all the same."""
+    for name in STAGES:
+        if find_record(out, name) and (older := is_stale(out, name)):
+            print(f"note: {STAGES[name][0]} in {out}: older than the {STAGES[older][0]}: make {STAGES[name][1]}")
 
 
 class Stage:

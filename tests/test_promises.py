@@ -195,6 +195,12 @@ def test_a_loss_that_is_not_finite_overwrites_nothing(here, name):
 def test_what_hangs_on_an_earlier_input_is_marked_refused_and_made_anew(here):
     assert not any("stale" in row for row in rows().values())
     run(*stage("train"), "--lr", 2e-3, "--fresh")
+    for command in ("page", "show", "sheets"):
+        said = run("report.py", command, *WHERE)
+        assert "note: segmenter in out: older than the classifier: make seg" in said
+    assert "older than the classifier: make seg" in Path("out/report.html").read_text()
+    assert "note: seeds in out: older than the classifier" in run("bnr.py", "export", *WHERE, "--to", "maps")
+    scored = Path("out/results.json").read_text()
     found = rows()
     for row, target in (
         ("refined seeds", "cams"),
@@ -213,7 +219,12 @@ def test_what_hangs_on_an_earlier_input_is_marked_refused_and_made_anew(here):
         ("predict", "segmenter"),
     ):
         assert f"made anew, as the {source} changed" in run(*stage(name))
+    Path("out/results.json").write_text(scored)
+    run("report.py", "page", *WHERE)
+    assert "scored before the segmentation was made anew: make eval" in Path("out/report.html").read_text()
     assert not any("stale" in row for row in rows().values())
+    run("report.py", "page", *WHERE)
+    assert not re.search("scored before|older than the", Path("out/report.html").read_text())
 
 
 def test_an_unfinished_stage_whose_input_changed_begins_anew(here, monkeypatch):
