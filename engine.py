@@ -171,7 +171,8 @@ def fit(stage, model, optimizer, batches, loss_of, steps, network, schedule=lamb
     def save():
         if RANK == 0:
             if bad := next((name for name, value in model.named_parameters() if not value.isfinite().all()), None):
-                raise InputError(f"{bad} of {stage.name} is not finite after step {step}: {LOWER}")
+                photos = " ".join(batches.names(step - 1)) if step else "none"
+                raise InputError(f"{bad} of {stage.name} is not finite after step {step}, photos {photos}: {LOWER}")
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                      "step": step, "id": stage.record["id"], "settings": stage.record["settings"], "network": network}
             write(stage.pth, lambda file: torch.save(state, file), sync=True)

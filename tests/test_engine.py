@@ -163,6 +163,13 @@ def test_a_loss_that_is_not_finite_names_step_and_photos(tmp_path, monkeypatch):
         fit(tmp_path, 1)
 
 
+def test_a_weight_that_is_not_finite_names_step_and_photos(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.Batches, "names", lambda self, step: [f"photo{step}"])
+    monkeypatch.setattr(engine, "_sum_gradients", lambda model: next(model.parameters()).data.fill_(float("inf")))
+    with pytest.raises(InputError, match="weight of classifier is not finite after step 1, photos photo0: try a lower"):
+        fit(tmp_path, 1, batch_size=15, micro_batch=15)
+
+
 # ---------------------------------------------------------------- weight files
 
 def test_weights_must_fit_and_what_stays_fresh_is_listed(capsys):
