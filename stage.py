@@ -292,7 +292,8 @@ class Stage:
     def _choose(self, grows):
         """Take up the finished or unfinished result, or begin anew; InputError where that would lose one."""
         fresh, part = self.args.fresh, self.out / f"{self.name}.part.json"
-        finished = None if fresh else find_record(self.out, self.name)
+        settled = find_record(self.out, self.name)  # with --fresh too: no complete part may be taken for a begun one
+        finished = None if fresh else settled
         changed = self._changes(finished) if finished else {}
         inputs = self.record["inputs"].items()
         stale = [name for name, new in inputs if finished and finished["inputs"].get(name) != new]

@@ -112,6 +112,27 @@ def test_a_fresh_one_replaces_the_old_only_when_it_is_complete(here, monkeypatch
     assert refused(1, *stage(name))  # that is another one now
 
 
+def test_a_result_whose_renaming_was_stopped_is_not_trained_on_by_fresh(here, monkeypatch):
+    flags, replace = (*stage("train"), "--lr", 2e-3, "--fresh"), os.replace
+
+    def stop(source, target):
+        if Path(target).name == "classifier.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    for module, function, wrong in ((os, "replace", stop), (engine, "_log", None)):
+        if wrong:
+            monkeypatch.setattr(module, function, wrong)
+        else:
+            interrupt(monkeypatch, module, function, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags)
+        monkeypatch.undo()
+        monkeypatch.chdir(here)
+    assert record("train")["done"] and record("train")["settings"]["lr"] == 2e-3
+    assert not json.loads(Path("out/classifier.part.json").read_text())["done"]
+
+
 def test_more_epochs_go_on_as_if_never_stopped(here):
     old = record("train")["id"]
     said = run(*stage("train"), "--epochs", 3)
