@@ -347,6 +347,13 @@ class Stage:
 
     def todo(self, names, ending):
         """Those of the photos whose file is missing or cut short; all where nothing is taken up."""
+        chosen = any(vars(self.args).get(flag) for flag in ("first", "ids", "split"))
+        settled, folder = find_record(self.out, self.name), self.out / self.name
+        if self.args.fresh and chosen and settled and settled["inputs"] == self.record["inputs"]:
+            there = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob(f"[!.]*{ending}")}
+            if lost := there - set(names):
+                raise InputError(f"--fresh with --first, --ids or --split would lose {len(lost)} other files of "
+                                 f"{folder}: leave them out, or take another OUT= (--out)")
         if not (self.complete or self.resumed):
             return list(names)
         return [name for name in names if not is_whole(self.folder / f"{name}{ending}")]

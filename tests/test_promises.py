@@ -296,6 +296,16 @@ def test_a_part_of_the_list_is_not_the_whole(here):
     assert {path.stem for path in Path("out/cams").iterdir()} == {f"toy_{n:04d}" for n in range(6)}
 
 
+def test_a_part_made_anew_does_not_replace_the_whole(here):
+    says = "--fresh with --first, --ids or --split would lose 1 other files of out/segmentation: leave them out"
+    assert says in refused(1, *stage("predict"), "--first", 1, "--fresh")
+    assert "would lose 4 other files of out/cams" in refused(1, *stage("cams"), "--split", "val", "--fresh")
+    assert "done already" in run(*stage("predict"))
+    run(*stage("train"), "--lr", 2e-3, "--fresh")
+    run(*stage("cams"), "--split", "val", "--fresh")  # the others are of an earlier classifier
+    assert len(list(Path("out/cams").iterdir())) == 2
+
+
 def test_check_names_what_would_break_a_stage(here):
     def problems():
         return run("prepare.py", "check", "--data", "data", status=1)
