@@ -338,8 +338,9 @@ def cams(args):
     with engine.bar(len(todo), "seeds") as progress:
         for found, heights_widths, images in data.loader(data.Images(dataset.image, todo, item), args,
                                                          batch_size=args.batch_size):
-            of_batch = torch.stack([labels[name] for name in found])
-            maps = multi_scale(model, [x.to(args.device) for x in images], of_batch, names, args.device, args.amp)
+            full = [n % len(found) for n in range(args.batch_size)]  # a short batch is filled up, for the same bytes
+            of_batch = torch.stack([labels[found[n]] for n in full])
+            maps = multi_scale(model, [x[full].to(args.device) for x in images], of_batch, names, args.device, args.amp)
             for n, name in enumerate(found):
                 own = labels[name].nonzero()[:, 0]
                 size = [int(side[n]) for side in heights_widths]
