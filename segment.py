@@ -232,6 +232,9 @@ def predict_paths(args):
             name = data.photo_id(path.relative_to(start).as_posix() if start.is_dir() else path.name, start)
             if photos.setdefault(name, path) != path:
                 raise InputError(f"two photos would be written as {name}: {photos[name]} and {path}")
+    if clash := next((name for name in photos if f"{name}_overlay" in photos), None):
+        other = photos[f"{clash}_overlay"]
+        raise InputError(f"{other} would be written over the overlay of {photos[clash]}: rename it")
     if not photos:
         raise InputError(f"no photos in {', '.join(map(str, args.paths))}: of {' '.join(data.PHOTOS)}")
     stage.read_record(args.out, "segmenter")

@@ -271,6 +271,11 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
         ("segment.py", "predict", "two", *WHERE),
         "two photos would be written as a",
     ),
+    "a photo named as an overlay": (
+        all_of(put("two/a.jpg", "1"), put("two/a_overlay.jpg", "2")),
+        ("segment.py", "predict", "two", *WHERE),
+        "two/a_overlay.jpg would be written over the overlay of two/a.jpg: rename it",
+    ),
     # masks
     "mask of another size": (
         picture(MASK, (9, 9)),
