@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 import data
 import engine
-from commands import Commands, Range, above, whole
+from commands import Commands, Range, above, real, whole
 from crf import CRF_SCORES, dense_crf
 from resnet38 import (FITS, NARROW, add_network_flags, freeze_batch_norm, make_backbone, make_optimizer, place,
                       start_network)
@@ -30,8 +30,8 @@ PRESETS = {
     "coco": {},
     "toy": {**NARROW, "iterations": 1000, "batch_size": 8, "crop": 96, "scale_range": (0.4, 0.6),
             "scales": (0.4, 0.5, 0.6)},
-    "small": {"backbone": "resnet50", "freeze_bn": True, "iterations": 1500, "batch_size": 8, "crop": 160,
-              "scale_range": (0.5, 0.8), "scales": (0.5, 0.65, 0.8), "amp": True},
+    "small": {"backbone": "resnet50", "freeze_bn": True, "head_std": 0.01, "iterations": 1500, "batch_size": 8,
+              "crop": 160, "scale_range": (0.5, 0.8), "scales": (0.5, 0.65, 0.8), "amp": True},
 }
 NEW = ("conv_fov", "conv_fov2", "cls_conv")
 MIN_PROBABILITY = 1e-5  # keeps the unary of the CRF finite
@@ -43,9 +43,10 @@ class DeepLab(nn.Module):
 
     batch_norm: "published" (batch statistics, running ones with momentum 3e-4, scale and shift fixed), "frozen" (the
     backbone keeps its statistics, the two new ones train as usual) or "trained" (for a backbone without weights).
+    head_std: of the new convolutions' weights; 0 is the published Kaiming start, whose first steps upset a backbone.
     """
 
-    def __init__(self, backbone, num_classes, batch_norm="published", dropout=1.0):
+    def __init__(self, backbone, num_classes, batch_norm="published", dropout=1.0, head_std=0.0):
         super().__init__()
         self.backbone, self.batch_norm = backbone, batch_norm
         width = backbone.channels[0]  # 512
@@ -57,6 +58,8 @@ class DeepLab(nn.Module):
         self.cls_conv = nn.Conv2d(width, num_classes, 1)
         for conv in (self.conv_fov, self.conv_fov2, self.cls_conv):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            if head_std:
+                nn.init.normal_(conv.weight, std=head_std)
         nn.init.zeros_(self.cls_conv.bias)
         if batch_norm == "published":
             freeze_batch_norm(self, statistics=False)
@@ -135,7 +138,7 @@ def train(args):
     data.require_labels(dataset, ids, folder, "labels", "" if args.labels else 'run "make psa"')
     batch_norm = "trained" if args.from_scratch else "frozen" if args.freeze_bn else "published"
     net, network = start_network(
-        lambda backbone: DeepLab(backbone, dataset.num_classes, batch_norm, args.dropout), args)
+        lambda backbone: DeepLab(backbone, dataset.num_classes, batch_norm, args.dropout, args.head_std), args)
     run.start()
 
     def loss_of(part, labels):
@@ -281,6 +284,8 @@ def main():
     parser.add_argument("--scale-range", type=above(0, 8), nargs=2, action=Range, default=(0.5, 1.5),
                         help="of the photo, in training")
     parser.switch("--freeze-bn", "keep the backbone's BatchNorm as it is, for small batches and short runs")
+    parser.add_argument("--head-std", type=real(0), default=0.0,
+                        help="deviation of new convolutions' weights; 0: Kaiming, published; 0.01 suits short runs")
     parser = commands.add(submit, "masks of VOC's test list, packed for its server")
     parser.add_argument("--split", default="test", help="list in ImageSets/Segmentation")
     add_test_flags(parser)
