@@ -144,7 +144,10 @@ class DataSet:
     @functools.cached_property
     def digest(self):
         """Of classes, train_aug and its labels: what a training depends on, wherever the folder lies."""
-        known = [(name, sorted(set(self.names(name)))) for name in self.ids("train_aug", required=False)]
+        return self.digest_of("train_aug")
+
+    def digest_of(self, split):
+        known = [(name, sorted(set(self.names(name)))) for name in self.ids(split, required=False)]
         return hashlib.sha256(repr((self.classes, known)).encode()).hexdigest()[:16]
 
 

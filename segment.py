@@ -132,7 +132,7 @@ def train(args):
 
     batches = data.Batches(data.Images(dataset.image, ids, item), args)
     reads = () if args.labels else ("pseudo_labels",)
-    run = stage.Stage(args, "segmenter", reads=reads, data=dataset.digest, fits=FITS)
+    run = stage.Stage(args, "segmenter", reads=reads, data=dataset.digest_of(args.train_list), fits=FITS)
     if run.is_done():
         return
     data.require_labels(dataset, ids, folder, "labels", "" if args.labels else 'run "make psa"')

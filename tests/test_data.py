@@ -1,4 +1,6 @@
 """Data sets, photos, masks, files of seeds, and what `evaluate` counts faster than the plain metrics."""
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -196,3 +198,12 @@ def test_iou_equals_a_plain_loop():
         both = ((mask == c) & (prediction == c) & seen).sum()
         union = (((mask == c) | (prediction == c)) & seen).sum()
         assert np.isnan(found[c]) if union == 0 else found[c] == both / union
+
+
+def test_a_data_set_is_known_by_the_list_that_is_trained_on(toy, tmp_path):
+    shutil.copytree(toy, tmp_path / "toy")
+    before = data.DataSet(tmp_path / "toy")
+    path = before.list_file("train")
+    path.write_text("\n".join(before.ids("train")[1:]))
+    after = data.DataSet(tmp_path / "toy")
+    assert after.digest == before.digest and after.digest_of("train") != data.DataSet(toy).digest_of("train")
