@@ -256,24 +256,28 @@ def sheets(args):
         raise InputError(f'nothing to draw in {args.out}: run "make cams"')
     stage.note_stale(args.out)
     for name, split in stages:
-        labels = {}
+        labels, score, count = {}, {}, dataset.num_classes
         for photo in dataset.ids(split, required=False):
             path = args.out / name / f"{photo}{'.npz' if name == 'cams' else '.png'}"
-            if path.is_file() and dataset.mask(photo).is_file():
-                seed = name == "cams" and hard_threshold(*read_seeds(path), threshold)
-                labels[photo] = seed if name == "cams" else data.read_mask(path, dataset.num_classes)
-        score = {photo: 100 * np.nanmean(iou(confusion(data.read_mask(dataset.mask(photo), dataset.num_classes), label,
-                                                       dataset.num_classes))) for photo, label in labels.items()}
+            if not (path.is_file() and dataset.mask(photo).is_file()):
+                continue
+            if name == "cams":
+                labels[photo] = hard_threshold(*read_seeds(path), threshold)
+            else:
+                labels[photo] = data.read_mask(path, count)
+            mask = data.read_mask(dataset.mask(photo), count, labels[photo].shape)
+            score[photo] = 100 * np.nanmean(iou(confusion(mask, labels[photo], count)))
         if not score:
-            raise InputError(f"{dataset.root} has no masks to rank the photos by")
+            print(f"{name}: not drawn, as no photo of {split} has both a label and a mask")
+            continue
         ranked = sorted(score, key=score.get, reverse=True)
         middle, rows = max(0, len(ranked) - EACH) // 2, []
         for what, photos in (("best", ranked[:EACH]), ("middle", ranked[middle:middle + EACH]),
                              ("worst", ranked[-EACH:])):
-            truth = [(f"{what}: {score[photo]:.0f} %", labelled(read_photo(dataset.image(photo)), dataset.mask(photo),
-                                                               dataset.num_classes)) for photo in photos]
-            found = [("", data.overlay(read_photo(dataset.image(photo)), labels[photo])) for photo in photos]
-            rows += [truth, found]
+            images = {photo: read_photo(dataset.image(photo)) for photo in photos}
+            rows.append([(f"{what}: {score[photo]:.0f} %", labelled(image, dataset.mask(photo), count))
+                         for photo, image in images.items()])
+            rows.append([("", data.overlay(image, labels[photo])) for photo, image in images.items()])
         save(args.out / "sheets" / f"{name}.png", sheet(rows, args.height, names_of(dataset, ranked)))
 
 

@@ -487,6 +487,10 @@ def test_sheets_show_best_middle_and_worst_photos(trained):
     assert {path.stem for path in folder.iterdir()} == {"cams", "affinity_labels", "pseudo_labels", "segmentation"}
     for path in folder.iterdir():
         assert Image.open(path).height == 4 + 3 * (20 + 2 * (32 + 6)) + 30 - 4
+    (row / "segmentation").rename(row / "elsewhere")
+    said = run("report.py", "sheets", "--data", toy, "--out", row, "--device", "cpu", "--height", 32)
+    (row / "elsewhere").rename(row / "segmentation")
+    assert "segmentation: not drawn, as no photo of val has both" in said and "pseudo_labels.png" in said
 
 
 def test_a_stage_that_fails_ends_the_results(toy, tmp_path):
