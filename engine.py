@@ -45,8 +45,8 @@ def pick_device(name):
             raise InputError(f"--device {name}: torch {torch.__version__} finds no usable GPU")
     device = torch.device(name or ("cuda" if usable else "cpu"))
     if usable:
-        if WORLD > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index is None or WORLD > 1:  # set_device wants a number
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         # cuDNN's backward pass reads past the end where 1 + N is no multiple of 128 (pytorch/pytorch#169849).
         torch.backends.cuda.enable_cudnn_sdp(False)
