@@ -48,6 +48,7 @@ help:
 	@echo "SEED=$(SEED) (of one run) SEEDS='$(SEEDS)' ROWS='$(ROWS)' FURTHER='$(FURTHER)' INTO=$(INTO)"
 	@echo "CONFORMER=FILE RESNET38=FILE: ImageNet weights; FROM_SCRATCH=1 PARTIAL=1 BACKBONE=resnet50 BACKBONE_WEIGHTS=FILE DEVICE=cpu GPUS=2"
 	@echo "WARM_START=FILE: results trains one TransCAM classifier from it first (preset warm), and every row starts from that"
+	@echo "JOBS=4: results runs so many rows at a time, each with its own log.txt, where the card has room"
 	@echo "FRESH=1: make every stage of the target anew, also those that are done"
 	@echo "More flags: TRAIN_FLAGS CAMS_FLAGS (bnr.py train, cams) LABELS_FLAGS AFFINITY_FLAGS WALK_FLAGS (psa.py labels,"
 	@echo "train, walk) SEG_FLAGS PREDICT_FLAGS (segment.py train, predict) SHOW_FLAGS (report.py show) RESULTS_FLAGS (results.py)"
@@ -100,7 +101,8 @@ report: $(ENV) $(TOY)
 
 results: $(ENV) $(TOY)
 	$(PYTHON) results.py $(COMMON) --rows $(ROWS) --seeds $(SEEDS) --further $(FURTHER) $(RESULTS_FLAGS) \
-	  --into $(INTO) $(if $(GPUS),--gpus $(GPUS)) $(if $(WARM_START),--warm-start $(WARM_START)) \
+	  --into $(INTO) $(if $(GPUS),--gpus $(GPUS)) $(if $(JOBS),--jobs $(JOBS)) \
+	  $(if $(WARM_START),--warm-start $(WARM_START)) \
 	  --train-flags="$(WEIGHTS) $(TRAIN_FLAGS)" --cams-flags="$(CAMS_FLAGS)" \
 	  --labels-flags="$(LABELS_FLAGS)" --affinity-flags="$(BACK) $(AFFINITY_FLAGS)" --walk-flags="$(WALK_FLAGS)" \
 	  --seg-flags="$(BACK) $(SEG_FLAGS)" --predict-flags="$(PREDICT_FLAGS)"

@@ -23,15 +23,16 @@ from commands import Commands, Range, above, add_training_flags, real, whole
 from conformer import ARCHS, HEADS, STRIDE, Conformer, classifier_groups, init_attention, init_identity
 from stage import InputError
 
-SMALL = {"epochs": 1, "batch_size": 16, "transformer_lr": 0.1, "crop": 160, "long_side": (160, 256), "scales": (1.0,),
-         "plain": True, "amp": True}  # some thousand small photos on a CPU
+SMALL = {"epochs": 2, "batch_size": 16, "transformer_lr": 0.1, "crop": 288, "long_side": (288, 448), "scales": (1.0,),
+         "plain": True, "amp": True}  # some thousand small photos
 PRESETS = {  # defaults that differ from the published VOC setting, which is that of the flags
     "voc": {},
     "coco": {"epochs": 10, "batch_size": 16},
     "toy": {"arch": "nano", "from_scratch": True, "sharpness": 160.0, "epochs": 36, "batch_size": 16, "lr": 1e-3,
             "crop": 96, "long_side": (96, 144), "scales": (1.0, 1.5, 2.0), "plain": True},
     "small": SMALL,
-    "warm": {**SMALL, "loss": "transcam", "partial": True, "lr": 2e-4, "head_lr": 5.0},  # what `small` starts from
+    "warm": {**SMALL, "loss": "transcam", "partial": True, "epochs": 4, "lr": 2e-4,
+             "head_lr": 5.0},  # what `small` starts from
 }
 SAMPLE = 64  # photos on which a training is watched
 

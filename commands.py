@@ -109,7 +109,7 @@ class Commands:
         parser.add_argument("--data", type=Path, help="data set; if not given that of the run in --out, else data/toy")
         parser.add_argument("--out", type=Path, help="folder of all results; if not given out/NAME OF DATA")
         parser.add_argument("--preset", choices=self.presets, help="table of defaults, as shown here: voc and coco are "
-                            "published, toy is the toy set's, small for some thousand small photos on a CPU; if not "
+                            "published, toy is the toy set's, small for some thousand small photos; if not "
                             "given that of the run in --out, or toy for data/toy, else voc")
         parser.add_argument("--device", help="cuda or cpu (default: cuda where it works)")
         parser.add_argument("--seed", type=whole(0, 2 ** 32 - 1), default=0, help="of all random numbers")

@@ -4,10 +4,12 @@
 
 A row's stage that is done says so and is not run again. Nothing here is part of the method.
 """
+import contextlib
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import stage  # before torch: from here on Ctrl-C is one line
@@ -31,21 +33,16 @@ def results(args):
     from_warm = []
     if args.warm_start:
         warm = args.out / "rows" / "warm"
-        call("bnr.py", "train", *common(args, warm, 0, "warm"), "--pretrained", args.warm_start, gpus=args.gpus)
+        flags = [*common(args, warm, 0, "warm"), "--pretrained", args.warm_start]
+        run_all([iter([(["bnr.py", "train", *flags], args.gpus, warm)])], jobs=1)
         from_warm = ["--pretrained", warm / "classifier.pth"]
-    for seed in args.seeds:
-        for row in args.rows:
-            goes_on = row in args.further and seed in (args.further_seeds or args.seeds)
-            split = [] if goes_on else ["--split", "train"]
-            more = {"train": [*from_warm, *LOSSES[row]], "cams": ["--plain", *split]}
-            run_row(args, row, seed, list(STEPS) if goes_on else ["train", "cams"], more)
-            if goes_on and args.shifted:
-                run_shifted(args, row, seed)
+    rows = [run_seed(args, row, seed, from_warm) for seed in args.seeds for row in args.rows]
     more = {"train": [*from_warm, *START], "cams": ["--plain", *["--eigen"] * bool(from_warm), "--split", "train"]}
-    run_row(args, "start", 0, ["train", "cams"], more)
+    rows.append(run_row(args, "start", 0, ["train", "cams"], more))
     if args.true_masks:
         masks = ["--train-list", "train", "--labels", args.data / "SegmentationClass"]
-        run_row(args, "true-masks", args.seeds[0], ["seg", "predict"], {"seg": masks})
+        rows.append(run_row(args, "true-masks", args.seeds[0], ["seg", "predict"], {"seg": masks}))
+    run_all(rows, args.jobs)
     tables(args)
 
 
@@ -56,17 +53,28 @@ def common(args, out, seed, preset):
             *["--fresh"] * args.fresh]
 
 
+def run_seed(args, row, seed, from_warm):
+    """The commands of one loss and random seed, as `run_row`."""
+    goes_on = row in args.further and seed in (args.further_seeds or args.seeds)
+    split = [] if goes_on else ["--split", "train"]
+    more = {"train": [*from_warm, *LOSSES[row]], "cams": ["--plain", *split]}
+    yield from run_row(args, row, seed, list(STEPS) if goes_on else ["train", "cams"], more)
+    if goes_on and args.shifted:
+        yield from run_shifted(args, row, seed)
+
+
 def run_row(args, row, seed, steps, more):
-    """Stages of one row, each by its own command line -> OUT/rows/ROW-seedN/. more: {step: its own flags}"""
-    shared = common(args, args.out / "rows" / f"{row}-seed{seed}", seed, args.preset)
+    """Yield the commands of one row's stages -> OUT/rows/ROW-seedN/. more: {step: its own flags}"""
+    out = args.out / "rows" / f"{row}-seed{seed}"
+    shared = common(args, out, seed, args.preset)
     for step in steps:
         flags = [*shlex.split(getattr(args, f"{step}_flags")), *more.get(step, ())]
-        call(*STEPS[step], *shared, *flags, gpus=args.gpus if step != "labels" else 1)
-    call("evaluate.py", *shared)
+        yield [*STEPS[step], *shared, *flags], args.gpus if step != "labels" else 1, out
+    yield ["evaluate.py", *shared], 1, out
 
 
 def run_shifted(args, row, seed):
-    """PSA once more on a row's seeds, all three thresholds moved by the best threshold of the seeds less 0.42."""
+    """PSA and segmenter once more on a row's seeds, all thresholds moved by the best one of the seeds less 0.42."""
     source, to = (args.out / "rows" / f"{name}-seed{seed}" for name in (row, f"{row}-shifted"))
     to.mkdir(parents=True, exist_ok=True)
     for name in ("classifier.json", "classifier.pth", "cams.json"):
@@ -75,17 +83,46 @@ def run_shifted(args, row, seed):
     by = seed_threshold(source, None) - PUBLISHED["walk"]["--background-score"]
     more = {step: [part for flag, value in flags.items() for part in (flag, f"{value + by:.2f}")]
             for step, flags in PUBLISHED.items()}
-    run_row(args, f"{row}-shifted", seed, ["labels", "affinity", "walk"], more)
+    yield from run_row(args, f"{row}-shifted", seed, list(STEPS)[2:], more)
 
 
-def call(script, *flags, gpus=1):
-    """Run one of our scripts, on several GPUs by torchrun; InputError where it fails, which it has told itself."""
-    flags = list(map(str, flags))
+def run_all(rows, jobs):
+    """Run the rows' commands, one row's one after the other, `jobs` rows at a time; InputError where one fails."""
+    waiting, running = rows[::-1], {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                row = waiting.pop()
+                if command := next(row, None):
+                    running[row] = start(*command, own_log=jobs > 1)
+            ended = [row for row, (process, *_) in running.items() if process.poll() is not None]
+            for row in ended:
+                process, shown, hint = running.pop(row)
+                if process.returncode:
+                    raise stage.InputError(f"{shown} ended with status {process.returncode}{hint}")
+                waiting.append(row)
+            if not ended:
+                time.sleep(0.2)
+    finally:  # where one failed, or at Ctrl-C, none goes on alone
+        for process, *_ in running.values():
+            process.terminate()
+        for process, *_ in running.values():
+            process.wait()
+
+
+def start(words, gpus, out, own_log):
+    """Start one of our scripts, on several GPUs by torchrun. own_log: it prints into OUT/log.txt
+
+    -> process, its command line, where its error is to be read
+    """
+    words = list(map(str, words))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
-    print("\n$ python " + shlex.join([*launch, script, *flags]), flush=True)
-    done = subprocess.run([sys.executable, *launch, Path(__file__).with_name(script), *flags])
-    if done.returncode:
-        raise stage.InputError(f"{shlex.join([script, *flags])} ended with status {done.returncode}")
+    print("\n$ python " + shlex.join([*launch, *words]), flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.txt", "ab") if own_log else contextlib.nullcontext() as log:
+        process = subprocess.Popen([sys.executable, *launch, Path(__file__).with_name(words[0]), *words[1:]],
+                                   stdout=log, stderr=log)
+    return process, shlex.join(words), f": see {out / 'log.txt'}" if own_log else ""
 
 
 def main():
@@ -95,19 +132,21 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows,
                         help="losses to train; the start is scored too (row start)")
     parser.add_argument("--further", nargs="*", choices=rows, default=["transcam", "noise-x1"],
-                     help="those of --rows that go on to pseudo labels and segmenter")
+                        help="those of --rows that go on to pseudo labels and segmenter")
     parser.add_argument("--further-seeds", type=whole(0), nargs="+",
                         help="seeds with which they go on (default: all of --seeds)")
     parser.add_argument("--warm-start", type=Path, metavar="FILE",
-                     help="train one TransCAM classifier from it first, by the preset warm; all rows go on from that")
+                        help="train one TransCAM classifier from it first, by the preset warm; all rows go on from that")
     parser.add_argument("--shifted", action="store_true",
                      help="further rows: PSA also with thresholds moved to the seeds' best, chosen by looking")
     parser.add_argument("--true-masks", action="store_true",
                         help="also a segmenter trained on the masks of train, a ceiling")
+    parser.add_argument("--jobs", type=whole(1), default=1,
+                        help="rows at a time, where the card has room; above 1 each prints into its own log.txt")
     parser.add_argument("--gpus", type=whole(1), default=1, help="processes of torchrun")
     for step, command in STEPS.items():
         parser.add_argument(f"--{step}-flags", default="", metavar="FLAGS",
-                         help=f'more flags of {" ".join(command)}, one string after =')
+                            help=f'more flags of {" ".join(command)}, one string after =')
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="random seeds of the runs")
     parser.add_argument("--into", type=Path, metavar="FILE", help="write the tables into it")
     commands.run()

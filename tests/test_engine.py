@@ -202,3 +202,15 @@ def test_a_file_that_is_no_weight_file_is_refused(tmp_path, content):
 def test_every_job_of_a_pool_comes_back_in_order(workers):
     jobs = ((n, 2) for n in range(20))
     assert list(engine.in_processes(pow, jobs, workers, 20, "squares")) == [n * n for n in range(20)]
+
+
+def test_a_card_without_a_number_is_the_first_one(monkeypatch):
+    """torch.cuda.set_device wants a number."""
+    chosen = []
+    monkeypatch.setattr(engine.torch, "ones", lambda *size, device: torch.zeros(size))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    for name in (None, "cuda", "cuda:1"):
+        assert engine.pick_device(name) == chosen[-1]
+    assert [device.index for device in chosen] == [0, 0, 1]

@@ -1,5 +1,6 @@
 """report.py: tables of runs written by hand, the page in a real Chromium, pictures of a small toy run."""
 import base64
+import itertools
 import json
 import re
 import shutil
@@ -430,12 +431,17 @@ def trained(toy, tmp_path_factory):
     command = ("results.py", "--data", toy, "--out", out, "--preset", "toy", "--device", "cpu",
                "--workers", 0, "--rows", "transcam", "noise-x1", "--seeds", 0, "--further", "noise-x1", *flags)
 
-    def in_this_process(command):
-        print(run(Path(command[1]).name, *command[2:]))
-        return subprocess.CompletedProcess(command, 0)
+    class InThisProcess:
+        returncode = 0
+
+        def __init__(self, command, **streams):
+            print(run(Path(command[1]).name, *command[2:]))
+
+        def poll(self):
+            return 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results.subprocess, "run", in_this_process)
+        patch.setattr(results.subprocess, "Popen", InThisProcess)
         said = run(*command)
         again = run(*command)
     return toy, out, said, again
@@ -458,7 +464,12 @@ def test_results_run_each_row_through_its_stages_and_print_the_tables(trained):
 
 def test_results_can_start_warm_move_the_thresholds_and_train_on_true_masks(toy, tmp_path, monkeypatch):
     called, row = [], tmp_path / "rows" / "transcam-seed1"
-    monkeypatch.setattr(results, "call", lambda *flags, gpus=1: called.append(" ".join(map(str, flags))))
+
+    def run_all(rows, jobs):
+        for words, *_ in itertools.chain(*rows):
+            called.append(" ".join(map(str, words)))
+
+    monkeypatch.setattr(results, "run_all", run_all)
     monkeypatch.setattr(results, "tables", lambda args: None)
     stage.write_json(row / "results.json", results_of((39, 48, None, None)))  # the seeds' best threshold is 0.30
     for name in ("classifier.json", "classifier.pth", "cams.json", "cams/toy_0000.npz"):
@@ -493,10 +504,30 @@ def test_sheets_show_best_middle_and_worst_photos(trained):
     assert "segmentation: not drawn, as no photo of val has both" in said and "pseudo_labels.png" in said
 
 
+def test_rows_run_at_the_same_time(tmp_path, monkeypatch):
+    """Two that wait for each other: one after the other would never end."""
+    meet = """import pathlib, sys, time
+pathlib.Path(sys.argv[1]).touch()
+until = time.time() + 20
+while not pathlib.Path(sys.argv[2]).exists():
+    assert time.time() < until
+    time.sleep(0.02)"""
+
+    def start(words, *_, own_log):
+        return subprocess.Popen([sys.executable, "-c", meet, *words]), "meet", ""
+
+    monkeypatch.setattr(results, "start", start)
+    a, b = tmp_path / "a", tmp_path / "b"
+    results.run_all([iter([((a, b), 1, tmp_path)]), iter([((b, a), 1, tmp_path)])], jobs=2)
+    with pytest.raises(stage.InputError, match="meet ended with status 1"):  # for want of a folder
+        results.run_all([iter([((tmp_path / "no" / "a", b), 1, tmp_path)])], jobs=1)
+
+
 def test_a_stage_that_fails_ends_the_results(toy, tmp_path):
-    said = run("results.py", "--data", toy, "--out", tmp_path, "--preset", "toy", "--device", "cpu",
-               "--rows", "transcam", "--train-flags=--crop 65", status=1)
-    assert "bnr.py train" in said and "ended with status 2" in said
+    said = run("results.py", "--data", toy, "--out", tmp_path, "--preset", "toy", "--device", "cpu", "--jobs", 2,
+               "--rows", "transcam", "no-noise", "--train-flags=--crop 65", status=1)
+    assert "bnr.py train" in said and "ended with status 2: see " in said
+    assert any("65" in path.read_text() for path in tmp_path.glob("rows/*/log.txt"))
     assert not (tmp_path / "rows" / "start-seed0").exists()
 
 
