@@ -216,6 +216,21 @@ def table_of_thresholds(runs):
             "rows": [[row, *(f"{curve[t]:.2f}" for t in shown)] for row, curve in curves_of(runs).items()]}
 
 
+def table_of_starts(out):
+    """What each warm start, OUT/rows/warm*, came to after each epoch. -> list of one table, or none"""
+    lines = []
+    for folder in sorted((out / "rows").glob("warm*")):
+        for step, found in ((stage.find_record(folder, "classifier") or {}).get("watched") or {}).items():
+            values = [100 * found["map"] if found["map"] else None, found["plain"], found["refined"],
+                      np.mean(found["entropy"]), found["own_rows"], found["object_attention"]]
+            lines.append([folder.name, step, *("" if value is None else f"{value:.2f}" for value in values)])
+    note = ("Masks at the crop's size, best threshold. Own rows: 1 where each place attends to places of its own, 0 where "
+            "all attend to the same ones. Object attention: share that places on objects pay to places on objects.")
+    head = ["run", "step", "mAP, 200 of val", "plain CAM", "refined", "entropy", "own rows", "object attention"]
+    title = "Warm start, after each epoch, on a sample of train"
+    return [{"title": title, "head": head, "rows": lines, "note": note}] if lines else []
+
+
 def markdown(table):
     lines = []
     for cells in (table["head"], *table["rows"]):
@@ -251,7 +266,8 @@ def tables(args):
     """Print Tables 1-5 as Markdown, with mean and deviation over the seeds at hand; --into writes them into a file."""
     runs, name = read_runs(args.out, args.seeds), args.data.resolve().name
     warm = stage.find_record(args.out / "rows" / "warm", "classifier")
-    text = "\n".join([*map(markdown, make_tables(runs, name, args.seeds)), made_by(runs, warm)])
+    every = make_tables(runs, name, args.seeds) + table_of_starts(args.out)
+    text = "\n".join([*map(markdown, every), made_by(runs, warm)])
     print(text)
     if args.into:
         begin = f"# Results: {name}\n\nWritten by `make tables`.\n\n"

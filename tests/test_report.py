@@ -115,8 +115,12 @@ def test_what_stands_beside_the_rows_is_told_with_its_own_settings(toy, tmp_path
     stage.write_json(folder / "true-masks-seed0" / "results.json", ceiling)
     record = {"id": "", "done": True, "seconds": 0, "settings": {"epochs": 2, "lr": 9}, "inputs": {}}
     stage.write_json(folder / "warm" / "classifier.json", record)
+    watched = {"map": 0.5, "plain": 40.0, "refined": None, "entropy": [0.4, 0.6], "own_rows": 0.9,
+               "object_attention": 0.7}
+    stage.write_json(folder / "warm-wide" / "classifier.json", {**record, "watched": {"0": watched}})
     said = run("report.py", "tables", "--data", toy, "--out", tmp_path, "--device", "cpu")
-    assert cells(said, "true-masks")[0][7] == "55.00"
+    assert cells(said, "true-masks")[0][7] == "55.00" and not cells(said, "warm")
+    assert cells(said, "warm-wide")[0][1:] == ["0", "50.00", "40.00", "", "0.50", "0.90", "0.70"]
     assert "- `classifier of the warm start` lr=9\n- `segmenter of true-masks` lr=3\n" in said
 
 
