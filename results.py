@@ -136,7 +136,7 @@ def main():
     parser.add_argument("--further-seeds", type=whole(0), nargs="+",
                         help="seeds with which they go on (default: all of --seeds)")
     parser.add_argument("--warm-start", type=Path, metavar="FILE",
-                        help="train one TransCAM classifier from it first, by the preset warm; all rows go on from that")
+                        help="train one TransCAM classifier from it first (preset warm), from which all rows go on")
     parser.add_argument("--shifted", action="store_true",
                      help="further rows: PSA also with thresholds moved to the seeds' best, chosen by looking")
     parser.add_argument("--true-masks", action="store_true",
