@@ -26,7 +26,8 @@ ROWS = {  # of Table 5: name, line in Figure 4
     "transcam": ("TransCAM (baseline)", "black"), "no-noise": ("without noise", "tab:red"),
     "noise-x1": ("noise × 1 (BNR)", "tab:blue"), "noise-x2": ("noise × 2", "tab:green"),
     "start": ("before training", "tab:gray")}
-EXTRA = ("transcam-shifted", "noise-x1-shifted", "true-masks")  # runs beside those of Table 5
+SHIFTED = {"TransCAM": "transcam-shifted", "BNR": "noise-x1-shifted"}
+EXTRA = (*SHIFTED.values(), "true-masks")  # runs beside those of Table 5
 NOT_RUN = "not run"
 OWN = {"loss", "noise", "seed", "data"}  # settings in which the runs of one table may differ
 ONLY_START = {("start", "classifier", "epochs"), ("start", "cams", "eigen")}
@@ -127,14 +128,17 @@ def make_tables(runs, name, seeds):
     is_coco = "coco" in name.lower()
     on = {entry["stage"]: f"ours, {name} {entry['split']}, N = {entry['n']}" for entry in one["rows"]}
     train, val = on["refined seeds"], on["segmenter"]
+    shifted = [(method, row) for method, row in SHIFTED.items() if row in runs]
     tables = [
         {"title": "Table 1. Seeds and pseudo labels, mIoU %",
          "head": ["method", "paper, VOC train", "paper, COCO train", train],
-         "rows": [[method, *paper, ours(row, what)] for method, row, what, *paper in TABLE_1]},
-        table_2(runs, name, one["classes"]),
+         "rows": [[method, *paper, ours(row, what)] for method, row, what, *paper in TABLE_1]
+         + [[f"{method} + PSA, shifted", "", "", ours(row, "pseudo labels")] for method, row in shifted]},
+        table_2(runs, name, one["classes"], shifted),
         {"title": "Table 3. Segmenter on VOC, mIoU %",
          "head": ["method", "paper, val", "paper, test", "ours" if is_coco else val, "ours, test"],
-         "rows": [[method, *paper, ours(row, "segmenter", not is_coco), NOT_RUN] for method, row, *paper in TABLE_3]},
+         "rows": [[method, *paper, ours(row, "segmenter", not is_coco), NOT_RUN]
+                  for method, row, *paper in (*TABLE_3, *((f"{m}, shifted", row, "", "") for m, row in shifted))]},
         {"title": "Table 4. Segmenter on COCO, mIoU %",
          "head": ["method", "paper, val", val if is_coco else "ours"],
          "rows": [[method, paper, ours(row, "segmenter", is_coco)] for method, row, paper in TABLE_4]},
@@ -144,13 +148,13 @@ def make_tables(runs, name, seeds):
     return [{**table, "rows": [[str(cell) for cell in line] for line in table["rows"]]} for table in tables]
 
 
-def table_2(runs, name, classes):
-    """IoU of each class on val, beside the paper's where the classes are VOC's."""
+def table_2(runs, name, classes, shifted):
+    """IoU of each class on val, beside the paper's where classes are VOC's. shifted: (method, row) of more columns"""
     is_voc = set(classes[1:]) <= set(data.VOC_CLASSES)
     names, rows = ["background", *data.VOC_CLASSES, "mIoU"], []
     for label in [*classes, "mIoU"]:
         line = [label]
-        for row, paper in TABLE_2.items():
+        for row, paper in (*TABLE_2.items(), *((row, ()) for _, row in shifted)):
             own = values_of(runs, row, "segmenter")
             if label != "mIoU":
                 own = [100 * each[classes.index(label)] for each in values_of(runs, row, "segmenter", "iou")]
@@ -162,7 +166,8 @@ def table_2(runs, name, classes):
     if is_voc:
         note = "The paper's mIoU is over all 21 classes. VOC's test set is scored by its server: not run."
     return {"title": "Table 2. Segmenter, IoU % of each class", "rows": rows, "note": note,
-            "head": ["class", *(f"{method}: {column}" for method in ("TransCAM", "BNR") for column in columns)]}
+            "head": ["class", *(f"{method}: {column}" for method in ("TransCAM", "BNR") for column in columns),
+                     *(f"{method}, shifted: {columns[-1]}" for method, _ in shifted)]}
 
 
 def table_of_rows(runs, seeds):
@@ -244,7 +249,7 @@ def made_by(runs, warm):
     every = [run for seeds in runs.values() for run in seeds.values()]
     devices = sorted({device for run in every for device in run["devices"]})
     precisions = sorted({precision for run in every for precision in run["precision"].values()})
-    lines = [f"On {', '.join(devices)}, in {', '.join(precisions)}. Settings:\n"]
+    lines = [f"On {' and '.join(devices)}, in {', '.join(precisions)}. Settings:\n"]
     common = common_settings(runs)
     shown = list(common.items())
     if warm:

@@ -56,9 +56,9 @@ def common(args, out, seed, preset):
 def run_seed(args, row, seed, from_warm):
     """The commands of one loss and random seed, as `run_row`."""
     goes_on = row in args.further and seed in (args.further_seeds or args.seeds)
+    steps = list(STEPS)[:5 if args.shifted else 7] if goes_on else ["train", "cams"]
     split = [] if goes_on else ["--split", "train"]
-    more = {"train": [*from_warm, *LOSSES[row]], "cams": ["--plain", *split]}
-    yield from run_row(args, row, seed, list(STEPS) if goes_on else ["train", "cams"], more)
+    yield from run_row(args, row, seed, steps, {"train": [*from_warm, *LOSSES[row]], "cams": ["--plain", *split]})
     if goes_on and args.shifted:
         yield from run_shifted(args, row, seed)
 
@@ -138,7 +138,8 @@ def main():
     parser.add_argument("--warm-start", type=Path, metavar="FILE",
                         help="train one TransCAM classifier from it first (preset warm), from which all rows go on")
     parser.add_argument("--shifted", action="store_true",
-                     help="further rows: PSA also with thresholds moved to the seeds' best, chosen by looking")
+                     help="further rows: PSA also with thresholds moved to the seeds' best, chosen by looking; "
+                             "the segmenter learns from these")
     parser.add_argument("--true-masks", action="store_true",
                         help="also a segmenter trained on the masks of train, a ceiling")
     parser.add_argument("--jobs", type=whole(1), default=1,

@@ -31,7 +31,7 @@ PRESETS = {
     "toy": {**NARROW, "iterations": 1000, "batch_size": 8, "crop": 96, "scale_range": (0.4, 0.6),
             "scales": (0.4, 0.5, 0.6)},
     "small": {"backbone": "resnet50", "freeze_bn": True, "head_std": 0.01, "iterations": 1500, "batch_size": 8,
-              "crop": 160, "scale_range": (0.5, 0.8), "scales": (0.5, 0.65, 0.8), "amp": True},
+              "crop": 224, "scale_range": (0.7, 1.1), "scales": (0.7, 0.9, 1.1), "amp": True},
 }
 NEW = ("conv_fov", "conv_fov2", "cls_conv")
 MIN_PROBABILITY = 1e-5  # keeps the unary of the CRF finite

@@ -111,6 +111,7 @@ def test_differences_are_those_of_the_same_seed(toy, tmp_path):
 def test_what_stands_beside_the_rows_is_told_with_its_own_settings(toy, tmp_path):
     folder = tmp_path / "rows"
     stage.write_json(folder / "transcam-seed0" / "results.json", results_of((39, 48, None, None), lr=1))
+    stage.write_json(folder / "transcam-shifted-seed0" / "results.json", results_of((39, 48, 57, 59), lr=1))
     ceiling = {**results_of((None, None, None, 55)), "settings": {"segmenter": {"lr": 3, "seed": 0}}}
     stage.write_json(folder / "true-masks-seed0" / "results.json", ceiling)
     record = {"id": "", "done": True, "seconds": 0, "settings": {"epochs": 2, "lr": 9}, "inputs": {}}
@@ -119,6 +120,9 @@ def test_what_stands_beside_the_rows_is_told_with_its_own_settings(toy, tmp_path
                "object_attention": 0.7}
     stage.write_json(folder / "warm-wide" / "classifier.json", {**record, "watched": {"0": watched}})
     said = run("report.py", "tables", "--data", toy, "--out", tmp_path, "--device", "cpu")
+    assert cells(said, "TransCAM + PSA, shifted")[0] == ["TransCAM + PSA, shifted", "", "", "57.00"]
+    assert cells(said, "TransCAM, shifted")[0] == ["TransCAM, shifted", "", "", "59.00", "not run"]
+    assert cells(said, "background")[0][-1] == "59.0" and "TransCAM, shifted: ours" in said and "BNR, shifted" not in said
     assert cells(said, "true-masks")[0][7] == "55.00" and not cells(said, "warm")
     assert cells(said, "warm-wide")[0][1:] == ["0", "50.00", "40.00", "", "0.50", "0.90", "0.70"]
     assert "- `classifier of the warm start` lr=9\n- `segmenter of true-masks` lr=3\n" in said
