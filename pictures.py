@@ -266,7 +266,9 @@ def sheets(args):
             else:
                 labels[photo] = data.read_mask(path, count)
             mask = data.read_mask(dataset.mask(photo), count, labels[photo].shape)
-            score[photo] = 100 * np.nanmean(iou(confusion(mask, labels[photo], count)))
+            matrix = confusion(mask, labels[photo], count)
+            if matrix.any():  # affinity labels may leave a whole photo unlabelled
+                score[photo] = 100 * np.nanmean(iou(matrix))
         if not score:
             print(f"{name}: not drawn, as no photo of {split} has both a label and a mask")
             continue
