@@ -47,9 +47,10 @@ def results(args):
 
 
 def common(args, out, seed, preset):
-    """Flags of every stage of a run."""
+    """Flags of every stage of a run; rows that run at the same time share the workers."""
+    workers = -(-args.workers // args.jobs)
     return ["--data", args.data, "--out", out, "--preset", preset, "--seed", seed, "--device", args.device, "--workers",
-            args.workers, "--amp" if args.amp else "--no-amp", *["--deterministic"] * args.deterministic,
+            workers, "--amp" if args.amp else "--no-amp", *["--deterministic"] * args.deterministic,
             *["--fresh"] * args.fresh]
 
 
