@@ -82,7 +82,7 @@ def run_shifted(args, row, seed):
         shutil.copy2(source / name, to / name)
     shutil.copytree(source / "cams", to / "cams", dirs_exist_ok=True)
     by = seed_threshold(source, None) - PUBLISHED["walk"]["--background-score"]
-    more = {step: [part for flag, value in flags.items() for part in (flag, f"{value + by:.2f}")]
+    more = {step: [part for flag, value in flags.items() for part in (flag, f"{max(value + by, 0):.2f}")]
             for step, flags in PUBLISHED.items()}
     yield from run_row(args, f"{row}-shifted", seed, list(STEPS)[2:], more)
 
