@@ -36,17 +36,20 @@ def pick_device(name):
     """The device, printed; with a warning where a GPU is seen but cannot be used."""
     if name and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise FlagError(f"--device {name} is neither cuda (or cuda:N) nor cpu")
-    usable = False
+    device, usable = torch.device("cpu"), False
     if not name or name.startswith("cuda"):
-        with contextlib.suppress(RuntimeError, AssertionError):  # no GPU, driver or kernels that fit
-            torch.ones(1, device=name or "cuda").add(1)
-            usable = True
+        card = torch.device(name or "cuda")
+        if card.index is None or WORLD > 1:  # set_device wants a number
+            card = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        try:
+            torch.ones(1, device=card).add(1)
+            device, usable = card, True
+        except (RuntimeError, AssertionError) as error:  # no GPU, driver or kernels that fit
+            if "out of memory" in str(error):
+                raise InputError(f"{card} has no memory left for another process; --device cpu does without") from None
         if name and not usable:
             raise InputError(f"--device {name}: torch {torch.__version__} finds no usable GPU")
-    device = torch.device(name or ("cuda" if usable else "cpu"))
     if usable:
-        if device.index is None or WORLD > 1:  # set_device wants a number
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         # cuDNN's backward pass reads past the end where 1 + N is no multiple of 128 (pytorch/pytorch#169849).
         torch.backends.cuda.enable_cudnn_sdp(False)

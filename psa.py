@@ -147,7 +147,8 @@ def sparse_transition(affinities, height, width, radius, beta):
     value = torch.cat([value, value, torch.ones_like(own, dtype=torch.float32)])
     shape = (height * width,) * 2
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls its sparse CSR a beta; the tests hold it to the dense product
+        # torch calls its sparse CSR a beta, or says that it checks no indices; tests hold it to the dense product
+        warnings.simplefilter("ignore")
         matrix = torch.sparse_coo_tensor(index, value, shape, check_invariants=False).coalesce()
         rows, columns = matrix.indices()
         sums = torch.zeros(height * width, device=value.device).index_add_(0, rows, matrix.values())

@@ -26,7 +26,8 @@ ROWS = {  # of Table 5: name, line in Figure 4
     "transcam": ("TransCAM (baseline)", "black"), "no-noise": ("without noise", "tab:red"),
     "noise-x1": ("noise × 1 (BNR)", "tab:blue"), "noise-x2": ("noise × 2", "tab:green"),
     "start": ("before training", "tab:gray")}
-SHIFTED = {"TransCAM": "transcam-shifted", "BNR": "noise-x1-shifted"}
+SHIFTED = {"TransCAM": "transcam-shifted", "without noise": "no-noise-shifted", "BNR": "noise-x1-shifted",
+           "noise × 2": "noise-x2-shifted"}
 EXTRA = (*SHIFTED.values(), "true-masks")  # runs beside those of Table 5
 NOT_RUN = "not run"
 OWN = {"loss", "noise", "seed", "data"}  # settings in which the runs of one table may differ
@@ -129,6 +130,10 @@ def make_tables(runs, name, seeds):
     on = {entry["stage"]: f"ours, {name} {entry['split']}, N = {entry['n']}" for entry in one["rows"]}
     train, val = on["refined seeds"], on["segmenter"]
     shifted = [(method, row) for method, row in SHIFTED.items() if row in runs]
+
+    def blank(columns):
+        return [(f"{method}, shifted", row, *[""] * columns) for method, row in shifted]
+
     tables = [
         {"title": "Table 1. Seeds and pseudo labels, mIoU %",
          "head": ["method", "paper, VOC train", "paper, COCO train", train],
@@ -138,10 +143,11 @@ def make_tables(runs, name, seeds):
         {"title": "Table 3. Segmenter on VOC, mIoU %",
          "head": ["method", "paper, val", "paper, test", "ours" if is_coco else val, "ours, test"],
          "rows": [[method, *paper, ours(row, "segmenter", not is_coco), NOT_RUN]
-                  for method, row, *paper in (*TABLE_3, *((f"{m}, shifted", row, "", "") for m, row in shifted))]},
+                  for method, row, *paper in (*TABLE_3, *(() if is_coco else blank(2)))]},
         {"title": "Table 4. Segmenter on COCO, mIoU %",
          "head": ["method", "paper, val", val if is_coco else "ours"],
-         "rows": [[method, paper, ours(row, "segmenter", is_coco)] for method, row, paper in TABLE_4]},
+         "rows": [[method, *paper, ours(row, "segmenter", is_coco)]
+                  for method, row, *paper in (*TABLE_4, *(blank(1) if is_coco else ()))]},
         {"title": "Table 5. Seeds by the noise in the loss, mIoU %", "head": ["loss", "paper, VOC train", train],
          "rows": [[ROWS[row][0], paper, ours(row, "refined seeds")] for row, paper in TABLE_5]},
         table_of_rows(runs, seeds), table_of_differences(runs), table_of_thresholds(runs)]
@@ -189,8 +195,8 @@ def table_of_rows(runs, seeds):
         values = [value for row in runs for value in values_of(runs, row, floor)]
         lines.append([floor, "", "", "", "", mean_and_deviation(values[:1]), "", "", ""])
     note = ("mIoU %; mean ± deviation (n - 1) over random seeds here and above. Entropy is that of the attention "
-            "after training, 1 is uniform.")
-    if runs.keys() & {"transcam-shifted", "noise-x1-shifted"}:
+            "after training, 1 is uniform. Hours are what the stages took, also where rows ran side by side.")
+    if runs.keys() & SHIFTED.values():
         note += " Shifted: PSA's three thresholds moved so that 0.42 falls on the seeds' best one, chosen by looking."
     if "true-masks" in runs:
         note += " True-masks: the segmenter trained on the masks of train, a ceiling."
@@ -226,12 +232,13 @@ def table_of_starts(out):
     lines = []
     for folder in sorted((out / "rows").glob("warm*")):
         for step, found in ((stage.find_record(folder, "classifier") or {}).get("watched") or {}).items():
-            values = [100 * found["map"] if found["map"] else None, found["plain"], found["refined"],
+            values = [None if found["map"] is None else 100 * found["map"], found["plain"], found["refined"],
                       np.mean(found["entropy"]), found["own_rows"], found["object_attention"]]
             lines.append([folder.name, step, *("" if value is None else f"{value:.2f}" for value in values)])
-    note = ("Masks at the crop's size, best threshold. Own rows: 1 where each place attends to places of its own, 0 "
-            "where all attend to the same ones. Object attention: share that objects' places pay to objects' places.")
-    head = ["run", "step", "mAP, 200 of val", "plain CAM", "refined", "entropy", "own rows", "object attention"]
+    note = ("mAP: of up to 200 photos. Masks at the crop's size, best threshold. Own rows: 1 where each place attends to "
+            "places of its own, 0 where all attend to the same ones. Object attention: share that objects' places pay to "
+            "objects' places.")
+    head = ["run", "step", "mAP, val", "plain CAM", "refined", "entropy", "own rows", "object attention"]
     title = "Warm start, after each epoch, on a sample of train"
     return [{"title": title, "head": head, "rows": lines, "note": note}] if lines else []
 

@@ -5,6 +5,7 @@
 A row's stage that is done says so and is not run again. Nothing here is part of the method.
 """
 import contextlib
+import itertools
 import shlex
 import shutil
 import subprocess
@@ -25,18 +26,22 @@ STEPS = {  # the commands of a row, by the name of the flag that gives them more
     "train": ("bnr.py", "train"), "cams": ("bnr.py", "cams"), "labels": ("psa.py", "labels"),
     "affinity": ("psa.py", "train"), "walk": ("psa.py", "walk"), "seg": ("segment.py", "train"),
     "predict": ("segment.py", "predict")}
+GRACE = 10  # seconds in which a stopped stage may clean up
 PUBLISHED = {"labels": {"--foreground": 0.60, "--background": 0.25}, "walk": {"--background-score": 0.42}}
 
 
 def results(args):
     """Run all stages of each row and seed; a stage that is done says so. Then the tables."""
+    if (args.shifted or args.true_masks) and not (args.data / "SegmentationClass").is_dir():
+        raise stage.FlagError(f"--shifted and --true-masks need masks: {args.data} has no SegmentationClass")
     from_warm = []
     if args.warm_start:
         warm = args.out / "rows" / "warm"
-        flags = [*common(args, warm, 0, "warm"), "--pretrained", args.warm_start]
+        flags = [*common(args, warm, 0, "warm", args.workers), "--pretrained", args.warm_start]
         run_all([iter([(["bnr.py", "train", *flags], args.gpus, warm)])], jobs=1)
         from_warm = ["--pretrained", warm / "classifier.pth"]
-    rows = [run_seed(args, row, seed, from_warm) for seed in args.seeds for row in args.rows]
+    every = itertools.product(dict.fromkeys(args.seeds), dict.fromkeys(args.rows))
+    rows = [run_seed(args, row, seed, from_warm) for seed, row in every]
     more = {"train": [*from_warm, *START], "cams": ["--plain", *["--eigen"] * bool(from_warm), "--split", "train"]}
     rows.append(run_row(args, "start", 0, ["train", "cams"], more))
     if args.true_masks:
@@ -46,9 +51,8 @@ def results(args):
     tables(args)
 
 
-def common(args, out, seed, preset):
-    """Flags of every stage of a run; rows that run at the same time share the workers."""
-    workers = -(-args.workers // args.jobs)
+def common(args, out, seed, preset, workers):
+    """Flags of every stage of a run."""
     return ["--data", args.data, "--out", out, "--preset", preset, "--seed", seed, "--device", args.device, "--workers",
             workers, "--amp" if args.amp else "--no-amp", *["--deterministic"] * args.deterministic,
             *["--fresh"] * args.fresh]
@@ -67,7 +71,7 @@ def run_seed(args, row, seed, from_warm):
 def run_row(args, row, seed, steps, more):
     """Yield the commands of one row's stages -> OUT/rows/ROW-seedN/. more: {step: its own flags}"""
     out = args.out / "rows" / f"{row}-seed{seed}"
-    shared = common(args, out, seed, args.preset)
+    shared = common(args, out, seed, args.preset, -(-args.workers // args.jobs))  # rows side by side share the workers
     for step in steps:
         flags = [*shlex.split(getattr(args, f"{step}_flags")), *more.get(step, ())]
         yield [*STEPS[step], *shared, *flags], args.gpus if step != "labels" else 1, out
@@ -104,7 +108,12 @@ def run_all(rows, jobs):
                 waiting.append(row)
             if not ended:
                 time.sleep(0.2)
-    finally:  # where one failed, or at Ctrl-C, none goes on alone
+    except SystemExit:  # Ctrl-C reached the others too: a second signal would cut their clean-up short
+        until = time.time() + GRACE
+        while time.time() < until and any(process.poll() is None for process, *_ in running.values()):
+            time.sleep(0.1)
+        raise
+    finally:  # where one failed or all are stopped, none goes on alone
         for process, *_ in running.values():
             process.terminate()
         for process, *_ in running.values():
@@ -140,7 +149,7 @@ def main():
                         help="train one TransCAM classifier from it first (preset warm), from which all rows go on")
     parser.add_argument("--shifted", action="store_true",
                      help="further rows: PSA also with thresholds moved to the seeds' best, chosen by looking; "
-                             "the segmenter learns from these")
+                             "their segmenter learns from these pseudo labels alone")
     parser.add_argument("--true-masks", action="store_true",
                         help="also a segmenter trained on the masks of train, a ceiling")
     parser.add_argument("--jobs", type=whole(1), default=1,

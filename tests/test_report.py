@@ -493,6 +493,8 @@ def test_results_can_start_warm_move_the_thresholds_and_train_on_true_masks(toy,
     assert all("--amp" in line for line in called)
     walks = [line for line in called if line.startswith("psa.py walk")]
     assert [Path(line.split()[5]).name for line in walks] == ["transcam-seed1", "transcam-shifted-seed1"]
+    segmenters = [Path(line.split()[5]).name for line in called if line.startswith("segment.py train")]
+    assert segmenters == ["transcam-shifted-seed1", "true-masks-seed0"]
     assert walks[1].endswith("--background-score 0.30")
     assert [line.split(" --fo")[1] for line in called if "--foreground" in line] == ["reground 0.48 --background 0.13"]
     assert (tmp_path / "rows" / "transcam-shifted-seed1" / "cams" / "toy_0000.npz").read_bytes() == b"seeds"
@@ -506,10 +508,12 @@ def test_sheets_show_best_middle_and_worst_photos(trained):
     first = row / "affinity_labels" / f"{data.DataSet(toy).ids('train')[0]}.png"
     whole = first.read_bytes()
     data.write_mask(first, np.full_like(data.read_mask(first), data.VOID))  # labelled nowhere
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        run("report.py", "sheets", "--data", toy, "--out", row, "--device", "cpu", "--height", 32)
-    first.write_bytes(whole)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run("report.py", "sheets", "--data", toy, "--out", row, "--device", "cpu", "--height", 32)
+    finally:
+        first.write_bytes(whole)
     folder = row / "sheets"
     assert {path.stem for path in folder.iterdir()} == {"cams", "affinity_labels", "pseudo_labels", "segmentation"}
     for path in folder.iterdir():
@@ -521,7 +525,7 @@ def test_sheets_show_best_middle_and_worst_photos(trained):
 
 
 def test_rows_run_at_the_same_time(tmp_path, monkeypatch):
-    """Two that wait for each other: one after the other would never end."""
+    """Two that wait for each other: one after the other would give up."""
     meet = """import pathlib, sys, time
 pathlib.Path(sys.argv[1]).touch()
 until = time.time() + 20
@@ -539,11 +543,34 @@ while not pathlib.Path(sys.argv[2]).exists():
         results.run_all([iter([((tmp_path / "no" / "a", b), 1, tmp_path)])], jobs=1)
 
 
+@pytest.mark.parametrize("signal_sent", [False, True])
+def test_no_row_goes_on_alone(tmp_path, monkeypatch, signal_sent):
+    """One fails, or all are stopped: what still runs is ended."""
+    begun = []
+
+    def start(words, *_, own_log):
+        begun.append(subprocess.Popen([sys.executable, "-c", words]))
+        return begun[-1], "row", ""
+
+    def stopped(seconds):
+        raise SystemExit(130)
+
+    monkeypatch.setattr(results, "start", start)
+    monkeypatch.setattr(results, "GRACE", 0)
+    if signal_sent:
+        monkeypatch.setattr(results.time, "sleep", stopped)
+    other = "import time; time.sleep(30)" if signal_sent else "raise SystemExit(3)"
+    with pytest.raises(SystemExit if signal_sent else stage.InputError):
+        rows = [iter([(text, 1, tmp_path)]) for text in ("import time; time.sleep(30)", other)]
+        results.run_all(rows, jobs=2)
+    assert begun[0].returncode == -15 and all(process.returncode is not None for process in begun)
+
+
 def test_a_stage_that_fails_ends_the_results(toy, tmp_path):
     said = run("results.py", "--data", toy, "--out", tmp_path, "--preset", "toy", "--device", "cpu", "--jobs", 2,
                "--rows", "transcam", "no-noise", "--train-flags=--crop 65", status=1)
     assert "bnr.py train" in said and "ended with status 2: see " in said
-    assert any("65" in path.read_text() for path in tmp_path.glob("rows/*/log.txt"))
+    assert any("--crop 65" in path.read_text() for path in tmp_path.glob("rows/*/log.txt"))
     assert not (tmp_path / "rows" / "start-seed0").exists()
 
 
