@@ -235,9 +235,9 @@ def table_of_starts(out):
             values = [None if found["map"] is None else 100 * found["map"], found["plain"], found["refined"],
                       np.mean(found["entropy"]), found["own_rows"], found["object_attention"]]
             lines.append([folder.name, step, *("" if value is None else f"{value:.2f}" for value in values)])
-    note = ("mAP: of up to 200 photos. Masks at the crop's size, best threshold. Own rows: 1 where each place attends to "
-            "places of its own, 0 where all attend to the same ones. Object attention: share that objects' places pay to "
-            "objects' places.")
+    note = ("mAP: of up to 200 photos. Masks at the crop's size, best threshold. Own rows: 1 where each place attends "
+            "to places of its own, 0 where all attend to the same ones. Object attention: share that objects' places "
+            "pay to objects' places.")
     head = ["run", "step", "mAP, val", "plain CAM", "refined", "entropy", "own rows", "object attention"]
     title = "Warm start, after each epoch, on a sample of train"
     return [{"title": title, "head": head, "rows": lines, "note": note}] if lines else []
