@@ -61,7 +61,9 @@ def common(args, out, seed, preset, workers):
 def run_seed(args, row, seed, from_warm):
     """The commands of one loss and random seed, as `run_row`."""
     goes_on = row in args.further and seed in (args.further_seeds or args.seeds)
-    steps = list(STEPS)[:5 if args.shifted else 7] if goes_on else ["train", "cams"]
+    steps = ["train", "cams"]
+    if goes_on:
+        steps += ["labels", "affinity", "walk"] + ([] if args.shifted else ["seg", "predict"])
     split = [] if goes_on else ["--split", "train"]
     yield from run_row(args, row, seed, steps, {"train": [*from_warm, *LOSSES[row]], "cams": ["--plain", *split]})
     if goes_on and args.shifted:
