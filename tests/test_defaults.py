@@ -73,7 +73,7 @@ def test_help_names_each_default_once_and_no_none(script, commands):
 
 
 @pytest.mark.parametrize("flags, crop", [
-    ((), 96), (("--preset", "voc"), 512), (("--preset=small",), 160), (("--data", "x"), 512), (("--out", "out"), 160)])
+    ((), 96), (("--preset", "voc"), 512), (("--preset=small",), 288), (("--data", "x"), 512), (("--out", "out"), 288)])
 def test_help_shows_the_defaults_of_the_preset_that_would_be_taken(monkeypatch, tmp_path, flags, crop):
     monkeypatch.chdir(tmp_path)
     record = {"id": "", "done": True, "seconds": 0, "settings": {}, "inputs": {}, "data": "x", "preset": "small"}
