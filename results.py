@@ -150,7 +150,7 @@ def main():
     parser.add_argument("--warm-start", type=Path, metavar="FILE",
                         help="train one TransCAM classifier from it first (preset warm), from which all rows go on")
     parser.add_argument("--shifted", action="store_true",
-                     help="further rows: PSA also with thresholds moved to the seeds' best, chosen by looking; "
+                        help="further rows: PSA also with thresholds moved to the seeds' best, chosen by looking; "
                              "their segmenter learns from these pseudo labels alone")
     parser.add_argument("--true-masks", action="store_true",
                         help="also a segmenter trained on the masks of train, a ceiling")
