@@ -20,7 +20,7 @@ SCRATCH := $(if $(FROM_SCRATCH),--from-scratch)
 WEIGHTS := $(SCRATCH) $(if $(CONFORMER),--pretrained $(CONFORMER)) $(if $(PARTIAL),--partial)
 BACK    := $(SCRATCH) $(if $(RESNET38),--resnet38 $(RESNET38)) $(if $(BACKBONE),--backbone $(BACKBONE)) \
            $(if $(BACKBONE_WEIGHTS),--backbone-weights $(BACKBONE_WEIGHTS))
-PICK    := $(if $(IDS),--ids $(IDS)) --first $(if $(IDS),$(words $(IDS)),4)
+PICK    := $(if $(IDS),--ids $(IDS),--first 4)
 
 .NOTPARALLEL:
 .PHONY: help train cams psa seg eval show sheets figures tables report results check coco test bench clean
@@ -51,7 +51,7 @@ help:
 	@echo "JOBS=4: results runs so many rows at a time, each with its own log.txt, where the card has room"
 	@echo "FRESH=1: make every stage of the target anew, also those that are done"
 	@echo "More flags: TRAIN_FLAGS CAMS_FLAGS (bnr.py train, cams) LABELS_FLAGS AFFINITY_FLAGS WALK_FLAGS (psa.py labels,"
-	@echo "train, walk) SEG_FLAGS PREDICT_FLAGS (segment.py train, predict) SHOW_FLAGS (report.py show) RESULTS_FLAGS (results.py)"
+	@echo "train, walk) SEG_FLAGS PREDICT_FLAGS (segment.py train, predict) SHOW_FLAGS (report.py show) RESULTS_FLAGS (results.py) WARM_FLAGS (bnr.py train of the warm start)"
 
 # pydensecrf2 is compiled with the newest Cython: the one that its isolated build pins fails on Python 3.13.
 .venv/ready: requirements.txt
@@ -102,7 +102,7 @@ report: $(ENV) $(TOY)
 results: $(ENV) $(TOY)
 	$(PYTHON) results.py $(COMMON) --rows $(ROWS) --seeds $(SEEDS) --further $(FURTHER) $(RESULTS_FLAGS) \
 	  --into $(INTO) $(if $(GPUS),--gpus $(GPUS)) $(if $(JOBS),--jobs $(JOBS)) \
-	  $(if $(WARM_START),--warm-start $(WARM_START)) \
+	  $(if $(WARM_START),--warm-start $(WARM_START)) --warm-flags="$(WARM_FLAGS)" \
 	  --train-flags="$(WEIGHTS) $(TRAIN_FLAGS)" --cams-flags="$(CAMS_FLAGS)" \
 	  --labels-flags="$(LABELS_FLAGS)" --affinity-flags="$(BACK) $(AFFINITY_FLAGS)" --walk-flags="$(WALK_FLAGS)" \
 	  --seg-flags="$(BACK) $(SEG_FLAGS)" --predict-flags="$(PREDICT_FLAGS)"

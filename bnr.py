@@ -285,12 +285,22 @@ def map_figures(model, sample, args):
 def load_classifier(path, num_classes, device, arch="small", crop=512, hint=""):
     """OUT/classifier.pth, or a TransCAM classifier of this arch. -> the network, {"arch", "crop"}"""
     state, network = engine.read_trained(path, hint, {"arch": arch, "crop": crop})
+    return build_classifier(state, network, num_classes, path, device, hint), network
+
+
+def build_classifier(state, network, num_classes, path, device, hint=""):
+    """The network of `engine.read_trained`, with the tensors of the file at `path`."""
     model = Conformer(network["arch"], num_classes - 1)
     if isinstance(state, dict):  # TransCAM's heads have an unused background class in row 0
         heads = {k: v for k, v in state.items() if str(k).startswith(HEADS) and isinstance(v, torch.Tensor)}
         state = {**state, **{k: v[1:] for k, v in heads.items() if v.shape[:1] == (num_classes,)}}
     engine.load_weights(model, state, path, hint=hint)
-    return model.to(device, memory_format=torch.channels_last).eval(), network
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def sides(crop, scales):
+    """Of the squares that a photo is seen as, pixels: the crop times each scale, whole places of the transformer."""
+    return [max(STRIDE, round(crop * scale / STRIDE) * STRIDE) for scale in scales]
 
 
 @torch.inference_mode()
@@ -328,8 +338,11 @@ def cams(args):
         return
     model, network = load_classifier(args.weights or args.out / "classifier.pth", dataset.num_classes, args.device,
                                      args.arch, args.crop, hint)
+    known = network.get("classes", dataset.classes)  # TransCAM's file names none
+    if known != dataset.classes:
+        raise InputError(f"the classifier knows {' '.join(known)}, {dataset.root} has {' '.join(dataset.classes)}")
     todo = engine.share(run, todo)
-    sizes = [max(STRIDE, round(network["crop"] * s / STRIDE) * STRIDE) for s in args.scales]
+    sizes = sides(network["crop"], args.scales)
     labels = dict(zip(ids, dataset.labels(ids)))
     names = ["refined"] + ["plain"] * (args.plain or args.eigen) + ["eigen"] * args.eigen
 
@@ -385,7 +398,7 @@ def main():
     parser.add_argument("--scales", type=above(0, 8), nargs="+", default=(0.5, 1.0, 1.5), help="of the crop")
     parser.switch("--plain", "plain CAMs (M) too")
     parser.switch("--eigen", "Eigen-CAM too")
-    parser = commands.add(seeds.export, "our seeds for other people's code")
+    parser = commands.add(seeds.export, "our seeds for other people's code", card=False)
     parser.add_argument("--to", type=Path, required=True, help="folder to write ID/CLASS.npy into")
     commands.run()
 

@@ -90,18 +90,18 @@ class Commands:
         self.parser = Parser(description=doc, formatter_class=Help)
         self.presets, self.commands, self.with_preset = presets, None, []
 
-    def add(self, function, summary, common=True):
-        """A sub-command; common: with the flags that all stages share."""
+    def add(self, function, summary, common=True, card=True):
+        """A sub-command; common: with the flags that all stages share; card: it computes on --device."""
         if self.commands is None:
             self.commands = self.parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
         parser = self.commands.add_parser(function.__name__, help=summary, formatter_class=Help,
                                           description=inspect.getdoc(function))
-        parser.set_defaults(function=function, parser=parser)
+        parser.set_defaults(function=function, parser=parser, card=card)
         return self._add_common(parser) if common else parser
 
-    def only(self, function):
+    def only(self, function, card=True):
         """The parser of a script of one command."""
-        self.parser.set_defaults(function=function, parser=self.parser)
+        self.parser.set_defaults(function=function, parser=self.parser, card=card)
         return self._add_common(self.parser)
 
     def _add_common(self, parser):
@@ -157,8 +157,9 @@ class Commands:
         where.add_argument("--out", type=Path, nargs="?")
         where.add_argument("--preset", nargs="?")
         typed, _ = where.parse_known_args()
-        record = _record_in(typed.out) if typed.out and not typed.data else {}
-        self.recorded = record.get("data")
+        place = typed.out or Path("out") / (typed.data or Path("data/toy")).resolve().name
+        record = {} if typed.data and typed.preset else _record_in(place)
+        self.recorded = record.get("data") if typed.out and not typed.data else None
         folder, preset = typed.data or Path(self.recorded or "data/toy"), typed.preset or record.get("preset")
         if preset not in self.presets:
             preset = "toy" if folder.resolve() == Path("data/toy").resolve() else "voc"
@@ -177,8 +178,9 @@ def add_training_flags(parser):
 
 
 def _record_in(out):
-    """The first record of the run in this folder, {} where there is none."""
-    paths = [out / f"{name}{ending}" for name in STAGES for ending in (".json", ".part.json")]
+    """The first record of the run in this folder, else of the rows of results.py in it; {} where there is none."""
+    paths = [folder / f"{name}{ending}" for folder in (out, *sorted((out / "rows").glob("*"))) for name in STAGES
+             for ending in (".json", ".part.json")]
     return next(filter(None, map(read_record_file, paths)), {})
 
 
@@ -186,13 +188,13 @@ def _prepare(args):
     """Device, precision and random numbers of a command; what dead processes left in OUT is swept away."""
     if RANK == 0:
         sweep(args.out)
-    args.device = pick_device(args.device)
+    args.device = pick_device(args.device, args.card)
     if WORLD > 1:
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=WAIT)
         for name in STAGES:
             find_record(args.out, name)  # the first process may have to bring one to its end
         dist.barrier()
-    args.amp = args.device.type == "cuda" if args.amp is None else args.amp
+    args.amp = args.card and (args.device.type == "cuda" if args.amp is None else args.amp)
     args.precision = precision(args.device, args.amp)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -58,7 +58,9 @@ class DataSet:
                     raise
                 problems.append(str(error))
         if names.is_file():
-            self.classes = read_text(names).split()
+            self.classes = read_lines(names)
+            if bad := next((name for name in self.classes if len(name.split()) > 1), None):
+                raise InputError(f"{names}: {bad!r} has a space: write {'_'.join(bad.split())}, in {labels.name} too")
         else:
             self.classes = VOC_CLASSES if voc.is_dir() else sorted(set().union(*self._labels.values()))
         if not self.classes or len(set(self.classes)) < len(self.classes) or len(self.classes) >= VOID:
@@ -96,6 +98,10 @@ class DataSet:
     def ids_of_seeds(self):
         """Of the photos that need seeds: to train on, and to score them on."""
         return list(dict.fromkeys(self.ids("train_aug") + self.ids("train", required=False)))
+
+    def ids_to_show(self):
+        """Of the photos to look at: train, where there is no such list train_aug."""
+        return self.ids("train", required=False) or self.ids("train_aug")
 
     def image(self, name):
         path = self.photos / f"{name}.jpg"

@@ -32,30 +32,31 @@ LOG_STEPS = 10  # between two lines of OUT/log.jsonl
 
 # ---------------------------------------------------------------- device
 
-def pick_device(name):
-    """The device, printed; with a warning where a GPU is seen but cannot be used."""
+def pick_device(name, card=True):
+    """The device, printed; with a warning where a GPU is seen but cannot be used. card: False: it is not for use."""
     if name and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise FlagError(f"--device {name} is neither cuda (or cuda:N) nor cpu")
     device, usable = torch.device("cpu"), False
-    if not name or name.startswith("cuda"):
-        card = torch.device(name or "cuda")
-        if card.index is None or WORLD > 1:  # set_device wants a number
-            card = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if card and (not name or name.startswith("cuda")):
+        one = torch.device(name or "cuda")
+        if one.index is None or WORLD > 1:  # set_device wants a number
+            one = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         try:
-            torch.ones(1, device=card).add(1)
-            device, usable = card, True
+            torch.ones(1, device=one).add(1)
+            device, usable = one, True
         except (RuntimeError, AssertionError) as error:  # no GPU, driver or kernels that fit
             if "out of memory" in str(error):
-                raise InputError(f"{card} has no memory left for another process; --device cpu does without") from None
-        if name and not usable:
-            raise InputError(f"--device {name}: torch {torch.__version__} finds no usable GPU")
+                raise InputError(f"{one} has no memory left for another process; --device cpu does without") from None
+        if not usable and (name or WORLD > 1 and torch.cuda.device_count()):
+            each = f": each of {WORLD} processes needs one" * (WORLD > 1)
+            raise InputError(f"--device {one}: torch {torch.__version__} finds no usable GPU{each}")
     if usable:
         torch.cuda.set_device(device)
         # cuDNN's backward pass reads past the end where 1 + N is no multiple of 128 (pytorch/pytorch#169849).
         torch.backends.cuda.enable_cudnn_sdp(False)
     if RANK == 0:
         print(f"device: {device} ({device_name(device)})", flush=True)
-        if not name and not usable and Path("/proc/driver/nvidia/version").exists():
+        if card and not name and not usable and Path("/proc/driver/nvidia/version").exists():
             print(f"warning: a GPU is there, but torch {torch.__version__} cannot use it: does its CUDA fit?")
     return device
 
@@ -102,11 +103,11 @@ def bar(total, what, initial=0):
                 mininterval=0.1 if sys.stderr.isatty() else 60)
 
 
-def share(stage, names):
+def share(run, names):
     """Start a stage, once all processes have seen what of it is there. -> this one's part of the list"""
     if dist.is_initialized():
         dist.barrier()
-    stage.start()
+    run.start()
     if dist.is_initialized():
         dist.barrier()
     return names[RANK::WORLD]
@@ -115,7 +116,8 @@ def share(stage, names):
 def in_processes(work, jobs, workers, total, what):
     """Yield work(*job) of each job, in order, from a pool of processes; `jobs` may be a generator that computes."""
     with bar(total, what) as progress:
-        for result in (work(*job) for job in jobs) if workers == 0 or total < 2 else _pooled(work, jobs, workers):
+        results = _pooled(work, jobs, workers) if workers and total > 1 else (work(*job) for job in jobs)
+        for result in results:
             yield result
             progress.update()
 
@@ -134,7 +136,7 @@ def _pooled(work, jobs, workers):
 def _start_worker(parent):
     torch.set_num_threads(1)
     if os.getppid() != parent:
-        os._exit(1)  # it ended before `stage` looked who it was
+        os._exit(1)  # the parent died before `stage.end_with` could note its id
 
 
 # ---------------------------------------------------------------- training
@@ -144,7 +146,7 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def fit(stage, model, optimizer, batches, loss_of, steps, network, schedule=lambda done: 1.0, watch=None):
+def fit(run, model, optimizer, batches, loss_of, steps, network, schedule=lambda done: 1.0, watch=None):
     """Train to `steps` optimizer steps; a checkpoint every few minutes, from which the same command goes on.
 
     batches: `data.Batches`; loss_of(part, labels) -> the part's share of the batch's loss, its terms for the log:
@@ -152,17 +154,17 @@ def fit(stage, model, optimizer, batches, loss_of, steps, network, schedule=lamb
     to the gradient of the whole. schedule(share of steps done) -> factor on each group's learning rate; network: what
     rebuilds the network from the checkpoint; watch(step) is called before the first and after each epoch.
     """
-    args = stage.args
+    args = run.args
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
     step, size = 0, args.micro_batch or len(batches)
     if dist.is_initialized():
         dist.barrier()  # the first process has written its record
-        stage.record = read_json(stage.json)
+        run.record = read_json(run.json)
         if args.device.type == "cuda":
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for path, owner in ((stage.pth, stage.record["id"]), (stage.grown_from, stage.record.get("grown_from"))):
+    for path, owner in ((run.pth, run.record["id"]), (run.grown_from, run.record.get("grown_from"))):
         if path and is_whole(path) and (saved := read_weights(path, quiet=True)).get("id") == owner:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -175,23 +177,23 @@ def fit(stage, model, optimizer, batches, loss_of, steps, network, schedule=lamb
         if RANK == 0:
             if bad := next((name for name, value in model.named_parameters() if not value.isfinite().all()), None):
                 photos = " ".join(batches.names(step - 1)) if step else "none"
-                raise InputError(f"{bad} of {stage.name} is not finite after step {step}, photos {photos}: {LOWER}")
+                raise InputError(f"{bad} of {run.name} is not finite after step {step}, photos {photos}: {LOWER}")
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                     "step": step, "id": stage.record["id"], "settings": stage.record["settings"], "network": network}
-            write(stage.pth, lambda file: torch.save(state, file), sync=True)
-            stage.save()
+                     "step": step, "id": run.record["id"], "settings": run.record["settings"], "network": network}
+            write(run.pth, lambda file: torch.save(state, file), sync=True)
+            run.save()
 
     def look():
         if watch and RANK == 0:
             watch(step)
-            stage.save()
+            run.save()
         model.train()
 
     if step == 0:
         look()
     model.train()
     block, saved_at, block_at = [], time.time(), time.time()
-    with bar(steps * batches.batch_size, stage.name, step * batches.batch_size) as progress:
+    with bar(steps * batches.batch_size, run.name, step * batches.batch_size) as progress:
         for batch in batches.load(step, steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(step / steps)
@@ -216,14 +218,14 @@ def fit(stage, model, optimizer, batches, loss_of, steps, network, schedule=lamb
             if not ends and len(block) < LOG_STEPS and (WORLD > 1 or not due):  # several must log at the same step
                 continue
             lr = optimizer.param_groups[0]["lr"]
-            _log(stage, batches, block, step, steps, time.time() - block_at, lr, progress)
+            _log(run, batches, block, step, steps, time.time() - block_at, lr, progress)
             if ends:
                 look()
             if step == steps or due:
                 save()
                 saved_at = time.time()
             block, block_at = [], time.time()
-    if not is_whole(stage.pth):  # no step was to be taken
+    if not is_whole(run.pth):  # no step was to be taken
         save()
 
 
@@ -246,43 +248,46 @@ def _sum_gradients(model):
             gradient.copy_(part.view_as(gradient))
 
 
-def _log(stage, batches, block, step, steps, seconds, lr, progress):
+def _log(run, batches, block, step, steps, seconds, lr, progress):
     """The means of some steps as a line of OUT/log.jsonl; InputError at a loss that is not finite."""
     means = {}
     for name in block[0]:
         values = torch.stack([torch.as_tensor(found[name], dtype=torch.float32) for found in block]).cpu()
         if dist.is_initialized():  # each process has its share of the loss
-            values = values.to(stage.args.device)
+            values = values.to(run.args.device)
             dist.all_reduce(values)
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             at = step - len(block) + int(bad[0])
             where = f"at step {at + 1} of {steps}, photos {' '.join(batches.names(at))}"
-            raise InputError(f"the loss of {stage.name} is {values[bad[0]].item()} {where}: {LOWER}")
+            raise InputError(f"the loss of {run.name} is {values[bad[0]].item()} {where}: {LOWER}")
         means[name] = values.mean().item()
     progress.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
     if RANK == 0:
-        line = {"stage": stage.name, "id": stage.record["id"], "step": step, "steps": steps, **means, "lr": lr,
+        line = {"stage": run.name, "id": run.record["id"], "step": step, "steps": steps, **means, "lr": lr,
                 "images_s": round(len(block) * batches.batch_size / max(seconds, 1e-9), 1),
-                "gb": round(peak_memory(), 2), "precision": stage.args.precision}
-        with open(stage.out / "log.jsonl", "a") as file:
+                "gb": round(peak_memory(), 2), "precision": run.args.precision}
+        with open(run.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def finish(stage, **results):
+def finish(run, **results):
     """Complete a stage: all processes are done, and the first one says so."""
     if dist.is_initialized():
         dist.barrier()
-    peak = max(stage.record.get("peak_gb", 0), peak_memory())
-    stage.finish(**results, device=device_name(stage.args.device), precision=stage.args.precision, peak_gb=peak)
+    peak = max(run.record.get("peak_gb", 0), peak_memory())
+    run.finish(**results, device=device_name(run.args.device), precision=run.args.precision, peak_gb=peak)
     if RANK == 0:
-        print(f"{stage.name}: {stage.record['seconds']:.0f} s, {peak:.1f} GB -> {stage.out / stage.name}", flush=True)
+        print(f"{run.name}: {run.record['seconds']:.0f} s, {peak:.1f} GB -> {run.out / run.name}", flush=True)
 
 
 # ---------------------------------------------------------------- weight files
 
 def read_weights(path, hint="", quiet=False):
-    """A .pth file without unpickling code; its sha256 is printed. `hint` ends the message: the file that would fit."""
+    """A .pth file without unpickling code; prints the start of its sha256.
+
+    hint: how a message ends that tells which file fits
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no weight file {path}{hint}")

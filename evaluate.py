@@ -330,7 +330,7 @@ def print_table(rows, classes):
 
 def main():
     commands = Commands(__doc__, {"voc": {}, "coco": {}, "toy": {}, "small": {}})
-    parser = commands.only(evaluate)
+    parser = commands.only(evaluate, card=False)
     parser.add_argument("--masks", type=Path, help="score this folder of index PNGs instead")
     parser.add_argument("--seeds", type=Path, help="score these class maps instead: ID.npz of ours or ID/CLASS.npy")
     parser.add_argument("--split", default="train", help="list that --masks or --seeds is scored on")

@@ -22,7 +22,7 @@ import engine
 from evaluate import POOL_FROM, THRESHOLDS, confusion, iou, read_results
 from seeds import hard_threshold, read_seeds
 
-TEMPLATE = Path(__file__).with_suffix(".html").with_stem("report")
+TEMPLATE = Path(__file__).with_name("report.html")
 LAYERS = {"photo": "photo", "truth": "ground truth", "cam": "refined CAM", "eigen": "Eigen-CAM", "seed": "seed",
           "pseudo": "pseudo label", "segmentation": "segmentation"}
 FOLDERS = {"pseudo": "pseudo_labels", "segmentation": "segmentation"}
@@ -245,8 +245,9 @@ def write_page(dataset, out, tables, curves, threshold, count, side, workers):
     numbers, own = result_tables(results) if results["rows"] else ([], [])
     records = {}
     for name in stage.STAGES:
-        paths = [out / f"{name}{ending}" for ending in (".part.json", ".json")]  # a stage that is at work comes first
-        records.update({name: record for record in list(filter(None, map(stage.read_record_file, paths)))[:1]})
+        for ending in (".json", ".part.json"):  # a stage that is at work replaces the finished one
+            if record := stage.read_record_file(out / f"{name}{ending}"):
+                records[name] = record
     own_curves = {row["stage"]: row["curve"] for row in results["rows"] if "curve" in row}
     classes = ["background", *dataset.classes]
     errors = confusions(totals, classes)

@@ -47,10 +47,10 @@ def how_to_run(args, row):
 
 def seed_threshold(out, given):
     """The flag's, else the best of the run's scored seeds."""
-    rows = (read_results(out) or {"rows": []})["rows"]
-    best = [row["best"] for row in rows if row["stage"] == "refined seeds" and "best" in row]
     if given is not None:
         return given
+    rows = (read_results(out) or {"rows": []})["rows"]
+    best = [row["best"] for row in rows if row["stage"] == "refined seeds" and "best" in row]
     return best[0] if best else THRESHOLD
 
 
@@ -148,7 +148,7 @@ def show(args):
         dataset = data.DataSet(args.data)
         stage.read_record(args.out, "cams")
         stage.note_stale(args.out)
-        ids = (args.ids or dataset.ids("train", required=False) or dataset.ids("train_aug"))[:args.first]
+        ids = args.ids or dataset.ids_to_show()[:args.first]
         threshold = seed_threshold(args.out, args.threshold)
         panels = [stages_of(dataset, args.out, name, threshold) for name in ids]
         image = sheet(with_titles(panels), args.height, names_of(dataset, ids))
@@ -217,10 +217,10 @@ def photo_rows(args):
 
 def read_classifier(path, args):
     """-> the network, {"crop", ...}, names of its K classes: the file's, else the data set's"""
-    saved = engine.read_weights(path, ': run "make train", or name one by --weights', quiet=True)
-    names = saved.get("network", {}).get("classes") or data.DataSet(args.data).classes
-    model, network = bnr.load_classifier(path, 1 + len(names), args.device)
-    return model, network, names
+    hint = ': run "make train", or name one by --weights'
+    state, network = engine.read_trained(path, hint, {"arch": "small", "crop": 512})
+    names = network.get("classes") or data.DataSet(args.data).classes
+    return bnr.build_classifier(state, network, 1 + len(names), path, args.device), network, names
 
 
 @torch.inference_mode()
@@ -230,8 +230,7 @@ def look(model, image, crop, scales, device, amp):
     ->  {"probability": (K,), "plain" and "refined": list of (K, h, w), one a scale, "attention": (h, w)}
     The attention map is the mean of each column of A*: what all places together take from that one.
     """
-    sides = [max(STRIDE, round(crop * scale / STRIDE) * STRIDE) for scale in scales]
-    photos = [data.square(side)(image)[None].to(device) for side in sides]
+    photos = [data.square(side)(image)[None].to(device) for side in bnr.sides(crop, scales)]
     maps = bnr.multi_scale(model, photos, None, ("plain", "refined"), device, amp)
     attn, cam, z = attention_of(model, image, crop, device)
     found = {kind: [scale[0] for scale in found] for kind, found in maps.items()}

@@ -22,7 +22,7 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
 from commands import Commands, whole
-from data import VOID, DataSet, find_photos, photo_id, read_image, read_mask, require, write_mask
+from data import VOID, DataSet, find_photos, leads_out, photo_id, read_image, read_mask, require, write_mask
 from engine import in_processes, peak_memory
 from stage import InputError, is_whole, read_json, read_lines, read_text, write, write_json, write_lines
 from toy import TOY_CLASSES, toy_picture
@@ -93,7 +93,7 @@ def unpack(path, folder):
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                if member.name.startswith("/") or ".." in Path(member.name).parts:
+                if leads_out(member.name):
                     raise InputError(f"{path} is refused: its member {member.name} is absolute or has .. in its path")
                 tarfile.data_filter(member, folder)  # refuses devices, and links that lead out
             path.with_suffix(".unpacking").touch()

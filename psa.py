@@ -366,7 +366,7 @@ def walk(args):
 
 def main():
     commands = Commands(__doc__, PRESETS)
-    parser = commands.add(labels, "affinity labels from seeds")
+    parser = commands.add(labels, "affinity labels from seeds", card=False)
     parser.add_argument("--foreground", type=real(0, 1), default=0.60, help="seed threshold of sure foreground")
     parser.add_argument("--background", type=real(0, 1), default=0.25, help="seed threshold of sure background")
     parser = commands.add(train, "train AffinityNet")

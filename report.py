@@ -341,19 +341,19 @@ def main():
     show.add_argument("photos", type=Path, nargs="*", metavar="PHOTO", help="any photos (default: photos of the run)")
     show.add_argument("--weights", type=Path, help="a classifier (default: OUT/classifier.pth)")
     show.add_argument("--classes", nargs="+", metavar="NAME", help="classes to draw (default: of probability over 0.5)")
-    contact = commands.add(pictures.sheets, "draw each stage's best, middle and worst photos")
+    contact = commands.add(pictures.sheets, "draw each stage's best, middle and worst photos", card=False)
     draw = commands.add(figures, "draw the paper's figures from the runs at hand")
     draw.add_argument("--place", type=real(0, 1), nargs=2, metavar=("X", "Y"),
                       help="place of Figure 5, shares of width and height (default: the middle of the objects)")
-    table = commands.add(tables, "print Tables 1-5, ours beside the paper's")
-    html = commands.add(page, "make one HTML file of a run")
+    table = commands.add(tables, "print Tables 1-5, ours beside the paper's", card=False)
+    html = commands.add(page, "make one HTML file of a run", card=False)
     html.add_argument("--photos", type=whole(1), default=400, help="of a split at most: the worst 20, and others")
     html.add_argument("--side", type=whole(16, 4096), default=320, help="of a photo's longer side, pixels")
     for parser in (show, contact, draw):
         parser.add_argument("--height", type=whole(16, 4096), default=160, help="of a picture, pixels")
     for parser in (show, draw):
         parser.add_argument("--ids", nargs="+", help="photos of the data set (default: the first of the list)")
-        parser.add_argument("--first", type=whole(1), default=4, help="only so many of them")
+        parser.add_argument("--first", type=whole(1), default=4, help="only so many of the list")
     for parser in (show, contact, html):
         parser.add_argument("--threshold", type=real(0, 1),
                             help="of the seeds (default: the best that evaluate.py found, else 0.4)")

@@ -14,7 +14,7 @@ import torchvision
 
 from commands import add_training_flags, real, whole
 from engine import load_weights, read_weights
-from stage import InputError, digest
+from stage import FlagError, InputError, digest
 
 RESNET38 = "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"  # its ImageNet weights
 FITS = {  # of each flag, how a message ends that tells which file fits
@@ -242,8 +242,11 @@ def start_network(make, args):
     """`make(backbone)` with the backbone and weights that the flags ask for. -> network, what rebuilds its backbone"""
     network = {"backbone": args.backbone, "width": args.width}
     backbone = make_backbone(**network, dropout=args.dropout)
+    path = args.resnet38 if args.backbone == "resnet38" else args.backbone_weights
+    if args.from_scratch and path:
+        raise FlagError(f"--from-scratch does not read {path}: add --no-from-scratch, or leave the file out")
     if not args.from_scratch:
-        load_backbone(backbone, args.backbone, args.resnet38 if args.backbone == "resnet38" else args.backbone_weights)
+        load_backbone(backbone, args.backbone, path)
     return place(make(backbone), args.device), network
 
 

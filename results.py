@@ -37,7 +37,8 @@ def results(args):
     from_warm = []
     if args.warm_start:
         warm = args.out / "rows" / "warm"
-        flags = [*common(args, warm, 0, "warm", args.workers), "--pretrained", args.warm_start]
+        flags = [*common(args, warm, 0, "warm", args.workers), "--pretrained", args.warm_start,
+                 *shlex.split(args.warm_flags)]
         run_all([iter([(["bnr.py", "train", *flags], args.gpus, warm)])], jobs=1)
         from_warm = ["--pretrained", warm / "classifier.pth"]
     every = itertools.product(dict.fromkeys(args.seeds), dict.fromkeys(args.rows))
@@ -149,6 +150,8 @@ def main():
                         help="seeds with which they go on (default: all of --seeds)")
     parser.add_argument("--warm-start", type=Path, metavar="FILE",
                         help="train one TransCAM classifier from it first (preset warm), from which all rows go on")
+    parser.add_argument("--warm-flags", default="", metavar="FLAGS",
+                        help="more flags of that bnr.py train, one string after =")
     parser.add_argument("--shifted", action="store_true",
                         help="further rows: PSA also with thresholds moved to the seeds' best, chosen by looking; "
                              "their segmenter learns from these pseudo labels alone")

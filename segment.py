@@ -87,7 +87,7 @@ def segmentation_loss(logits, labels, pixels):
     logits: (B, S, h, w), labels: (B, H, W), pixels: scalar  ->  scalar
     """
     full = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=True)
-    if torch.are_deterministic_algorithms_enabled():  # on cuda the loss on maps is not
+    if torch.are_deterministic_algorithms_enabled():  # cuda has no deterministic loss of maps; of (n, S) it has
         full, labels = full.permute(0, 2, 3, 1).flatten(0, 2), labels.flatten()
     return F.cross_entropy(full, labels, ignore_index=255, reduction="sum") / max(pixels, 1)
 
@@ -210,11 +210,12 @@ def predict(args):
     dataset = data.DataSet(args.data)
     if args.ids:
         ids = [data.photo_id(name, "--ids") for name in args.ids]
+    elif args.split == "train":
+        ids = dataset.ids_to_show()[:args.first]
     elif args.split:
-        ids = dataset.ids(args.split)
+        ids = dataset.ids(args.split)[:args.first]
     else:
-        ids = dataset.ids("val", required=False) or dataset.ids("train_aug")
-    ids = ids[:args.first]
+        ids = (dataset.ids("val", required=False) or dataset.ids("train_aug"))[:args.first]
     data.require([dataset.image(name) for name in ids], "photos")
     run = stage.Stage(args, "segmentation", reads=("segmenter",), data=dataset.digest, ignore=("seed",))
     todo = run.todo(ids, ".png")
@@ -291,9 +292,10 @@ def main():
     add_test_flags(parser)
     parser = commands.add(predict, "segment the photos of a list")
     parser.add_argument("paths", type=Path, nargs="*", help="photos or folders, instead of those of the data set")
-    parser.add_argument("--split", help="list in ImageSets/Segmentation (default: val, or train_aug without it)")
+    parser.add_argument("--split",
+                        help="list in ImageSets/Segmentation (default: val; train_aug where val or train is missing)")
     parser.add_argument("--ids", nargs="+", help="these photos instead of a list")
-    parser.add_argument("--first", type=whole(1), help="only so many of them")
+    parser.add_argument("--first", type=whole(1), help="only so many of the list")
     add_test_flags(parser)
     commands.run()
 

@@ -26,7 +26,7 @@ STAGES = {  # record in OUT: (what it holds, the make target that makes it)
     "segmenter": ("segmenter", "seg"), "segmentation": ("segmentation", "seg")}
 # Flags on which no result depends: they say where, how fast, and which of the photos.
 NO_SETTING = {"command", "function", "parser", "out", "data", "device", "workers", "preset", "ids", "first", "split",
-              "paths", "amp", "fresh", "deterministic"}
+              "paths", "amp", "fresh", "deterministic", "card"}
 RECORD = {"id": str, "done": bool, "seconds": (int, float), "settings": dict, "inputs": dict,
           "data": (str, type(None)), "preset": (str, type(None))}  # older ones lack the last two
 FINISHED = {"device": str, "precision": str, "map": (int, float, type(None)), "watched": (dict, type(None))}
@@ -55,6 +55,7 @@ def _stop(number, frame):
     signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
     if RANK == 0:
         os.write(2, b"\nstopped: the same command goes on from here\n")  # print() could be what was interrupted
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # torch's handler makes an error of a stopped worker
     raise SystemExit(128 + number)
 
 

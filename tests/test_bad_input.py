@@ -228,13 +228,14 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
         "photos names 0 classes: 1 to 254",
     ),
     "class twice": (add("data/classes.txt", "cat"), train, "data names 6 classes: 1 to 254 are needed, each once"),
-    "class ..": (put("data/classes.txt", "cat ../../evil"), train, "data has the class '../../evil', which"),
+    "class of two words": (add("data/classes.txt", "traffic light"), train, "'traffic light' has a space: write traf"),
+    "class ..": (put("data/classes.txt", "cat\n../../evil"), train, "data has the class '../../evil', which"),
     "class absolute": (
         all_of(put("photos/labels.txt", "a /tmp/evil\n"), picture("photos/a.jpg", (9, 9))),
         ("bnr.py", "train", "--data", "photos", "--out", "new", *SMALL),
         "photos has the class '/tmp/evil', which would lead out",
     ),
-    "300 classes": (put("data/classes.txt", " ".join(map(str, range(300)))), train, "data names 300 classes"),
+    "300 classes": (put("data/classes.txt", "\n".join(map(str, range(300)))), train, "data names 300 classes"),
     "no data": (NOTHING, ("bnr.py", "train", "--data", "absent", *SMALL), "absent is no data set"),
     "data is a file": (NOTHING, ("bnr.py", "train", "--data", PHOTO, *SMALL), "is no data set"),
     "object without a name": (xml("<a><object/></a>"), train, "toy_0000.xml has an object without a name"),
@@ -577,7 +578,7 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
     "batch too large": (NOTHING, (*train, "--batch-size", 99), "4 training images are fewer than --batch-size 99"),
     "cuda that is not there": (
         NOTHING,
-        ("evaluate.py", *WHERE, "--device", "cuda:99"),
+        (*train, "--device", "cuda:99"),
         "--device cuda:99: .*no usable GPU",
     ),
 }
@@ -598,6 +599,13 @@ def test_labels_of_another_size_end_a_training_before_it_begins(here, name, fold
     line = refused(1, *stage(name))
     assert re.search(f"{folder}/toy_0002.png is 9x9, its photo .*, the first of 2 .*: delete them and run", line)
     assert not list(Path("out").glob(f"{MAKES[name]}*"))
+
+
+def test_a_classifier_of_other_classes_is_refused(here):
+    without("cams")()
+    names = Path("data/classes.txt").read_text().split()
+    Path("data/classes.txt").write_text("\n".join(names[::-1]))
+    assert f"the classifier knows {' '.join(names)}, data has {' '.join(names[::-1])}" in refused(1, *stage("cams"))
 
 
 CLASSIFIER, CAMS, AFFINITY, SEGMENTER = (

@@ -73,11 +73,13 @@ def test_help_names_each_default_once_and_no_none(script, commands):
 
 
 @pytest.mark.parametrize("flags, crop", [
-    ((), 96), (("--preset", "voc"), 512), (("--preset=small",), 288), (("--data", "x"), 512), (("--out", "out"), 288)])
+    ((), 96), (("--preset", "voc"), 512), (("--preset=small",), 288), (("--data", "x"), 512), (("--out", "out"), 288),
+    (("--data", "x", "--out", "out"), 288), (("--data", "photos"), 288)])
 def test_help_shows_the_defaults_of_the_preset_that_would_be_taken(monkeypatch, tmp_path, flags, crop):
     monkeypatch.chdir(tmp_path)
     record = {"id": "", "done": True, "seconds": 0, "settings": {}, "inputs": {}, "data": "x", "preset": "small"}
     stage.write_json(tmp_path / "out" / "classifier.json", record)
+    stage.write_json(tmp_path / "out" / "photos" / "rows" / "start-seed0" / "classifier.json", record)
     said = " ".join(run("bnr.py", "train", *flags, "--help").split())
     assert f"side of square crops, pixels (default: {crop})" in said
 

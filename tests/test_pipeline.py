@@ -17,6 +17,7 @@ import bnr
 import data
 import engine
 import seeds
+from stage import InputError
 
 SMALL = ("--preset", "toy", "--device", "cpu", "--workers", 0)
 CLASSIFIER = ("--epochs", 2, "--crop", 64, "--long-side", 64, 96, "--batch-size", 8)
@@ -342,6 +343,9 @@ def test_missing_weights_are_named_unless_from_scratch(toy, tmp_path):
     shutil.copytree(toy / "SegmentationClass", tmp_path / "labels")
     train = ("segment.py", "train", *where, "--labels", tmp_path / "labels", "--no-from-scratch")
     assert "RESNET38=FILE (--resnet38) takes ilsvrc" in refused(*train)
+    (tmp_path / "r.pth").touch()
+    train = (*train[:-1], "--from-scratch", "--resnet38", tmp_path / "r.pth")
+    assert "--from-scratch does not read" in refused(*train, status=2)
 
 
 def test_bad_data_is_named(toy, tmp_path):
@@ -378,10 +382,25 @@ def test_a_wrong_flag_has_status_2_and_names_the_range(toy, flags, says):
 
 
 def test_a_device_that_is_not_there_is_an_error(toy, tmp_path):
-    where = ("evaluate.py", "--data", toy, "--out", tmp_path, "--device")
-    assert "--device mps is neither cuda" in run(*where, "mps", status=2)
+    where = ("--data", toy, "--out", tmp_path, "--device")
+    assert "--device mps is neither cuda" in run("evaluate.py", *where, "mps", status=2)
     if not torch.cuda.is_available():
-        assert "finds no usable GPU" in run(*where, "cuda", status=1)
+        assert "finds no usable GPU" in run("bnr.py", "train", *where, "cuda", status=1)
+
+
+def test_processes_without_a_gpu_each_are_an_error_and_do_not_wait(monkeypatch):
+    monkeypatch.setattr(engine, "WORLD", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "9")
+    with pytest.raises(InputError, match="cuda:9: .* no usable GPU: each of 2 processes needs one"):
+        engine.pick_device(None)
+
+
+def test_what_needs_no_gpu_opens_none(done, monkeypatch):
+    toy, out, _ = done
+    monkeypatch.setattr(torch, "ones", lambda *size, device: pytest.fail(f"{device} was opened"))
+    for command in (("psa.py", "labels"), ("evaluate.py",), ("report.py", "sheets")):
+        assert "device: cpu" in run(*command, "--data", toy, "--out", out, "--preset", "toy", "--workers", 0)
 
 
 def test_a_folder_without_photos_is_an_error(tmp_path):

@@ -432,6 +432,27 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(here, number, after):
     assert "Traceback" not in said and "Error" not in said
 
 
+def test_ctrl_c_wins_over_the_error_that_torch_makes_of_a_stopped_worker():
+    code = """
+import signal, stage, subprocess, time
+def torchs(number, frame):
+    raise RuntimeError("DataLoader worker exited unexpectedly")
+signal.signal(signal.SIGCHLD, torchs)
+worker = subprocess.Popen(["sleep", "60"])
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+finally:
+    worker.kill()
+    time.sleep(0.5)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert "Error" not in process.communicate(timeout=60)[1] and process.returncode == 130
+
+
 def test_workers_give_the_same_bytes_and_end_with_a_parent_that_is_killed(here):
     flags = ("--data", "data", "--out", "out", *SMALL[:-1], 2)
     command = [sys.executable, ROOT / "psa.py", *map(str, (*STAGES["labels"][1:], *flags))]

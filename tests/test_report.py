@@ -616,6 +616,18 @@ def test_stages_of_a_run_stand_side_by_side_and_white_where_one_has_not_run(trai
         assert str(folder / "show.png") in said and Image.open(folder / "show.png").height == 4 + 20 + 160 + 6 + 30 - 4
 
 
+def test_all_photos_that_are_named_are_shown(trained):
+    toy, out = trained[:2]
+    folder = out / "rows" / "noise-x1-seed0"
+    run("report.py", "show", "--out", folder, "--device", "cpu", "--ids", *(f"toy_000{n}" for n in range(6)))
+    assert Image.open(folder / "show.png").height > 6 * 160
+
+
+def test_tables_know_the_data_set_of_their_rows(trained):
+    toy, out = trained[:2]
+    assert f"ours, {toy.name} train, N = 24" in run("report.py", "tables", "--out", out, "--device", "cpu")
+
+
 def test_figures_are_drawn_or_what_they_lack_is_named(trained, tmp_path, monkeypatch):
     toy, out = trained[:2]
     flags = ("--data", toy, "--out", out, "--device", "cpu", "--seeds", 0, "--height", 64, "--first", 2)
