@@ -129,7 +129,7 @@ def read_any_seeds(folder, name, class_names, kind):
 
 
 def _score_floor(mask_path, name, classes, num_classes):
-    """Seeds at random, of the photo's own labels, at THRESHOLDS; last background everywhere. -> (61, S, S)"""
+    """Random maps of the photo's own labels, at THRESHOLDS; last background everywhere. -> (61, S, S)"""
     mask = data.read_mask(mask_path, num_classes)
     maps = np.random.RandomState(zlib.crc32(name.encode())).rand(len(classes), 16, 16)
     cams = seeds.combine_scales([torch.from_numpy(maps).float()], mask.shape).numpy()
@@ -173,7 +173,7 @@ def say_strays(folder, ids):
 
 
 def score_floor(dataset, ids, workers):
-    """-> the rows of seeds at random and of background everywhere"""
+    """-> the rows of random maps and of background everywhere"""
     own = [labels.nonzero()[:, 0].numpy() + 1 for labels in dataset.labels(ids)]
     jobs = [(dataset.mask(name), name, classes, dataset.num_classes) for name, classes in zip(ids, own)]
     matrices = _score(_score_floor, jobs, workers, "floor")
@@ -219,7 +219,7 @@ def stage_rows(dataset, out, workers, records):
                      "note": "mAP" if splits["val"] else "no val.txt", "map": classifier.get("map"),
                      "entropy": float(np.mean(entropy[-1])) if entropy else None})
     if masks and splits["train"]:
-        for name, values in zip(("random seeds", "background"), score_floor(dataset, splits["train"], workers)):
+        for name, values in zip(("random maps", "background"), score_floor(dataset, splits["train"], workers)):
             rows.append({"stage": name, "split": "train", "n": len(splits["train"]), **values})
     settings = {name: record["settings"] for name, record in records.items()}
     for row, kind in (("plain CAM", "plain"), ("Eigen-CAM", "eigen"), ("refined seeds", "refined")):

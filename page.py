@@ -210,7 +210,7 @@ def result_tables(results):
         shown = f"{value:.2f}" if value is not None else "not scored"
         how = row.get("threshold", "-"), row.get("crf", "-")
         rows.append([row["stage"], row["split"], row["n"], *how, kind, shown, note])
-        if value is not None and row["stage"] not in ("random seeds", "background"):
+        if value is not None and row["stage"] not in ("random maps", "background"):
             stale = f"; {row['stale']}" if "stale" in row else ""
             numbers.append([row["stage"], shown, f"{kind} %, {row['split']}, N = {row['n']}{stale}"])
         if "iou" in row:

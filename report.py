@@ -189,7 +189,7 @@ def table_of_rows(runs, seeds):
         lines.append([*line, f"{hours:.2f}" if own else ""])
     if eigen := values_of(runs, "start", "Eigen-CAM"):
         lines.append(["Eigen-CAM of start", "", "", "", "", mean_and_deviation(eigen), "", "", ""])
-    for floor in ("random seeds", "background"):
+    for floor in ("random maps", "background"):
         values = [value for row in runs for value in values_of(runs, row, floor)]
         lines.append([floor, "", "", "", "", mean_and_deviation(values[:1]), "", "", ""])
     note = ("mIoU %; mean ± deviation (n - 1) over random seeds here and above. Entropy is that of the attention "

@@ -85,7 +85,7 @@ def test_records_name_settings_inputs_device_and_precision(done):
 def test_table_has_a_row_a_stage_and_the_json_the_same_numbers(done):
     toy, out, said = done
     rows = rows_of(out)
-    assert list(rows) == ["classifier", "random seeds", "background", "plain CAM", "refined seeds", "affinity labels",
+    assert list(rows) == ["classifier", "random maps", "background", "plain CAM", "refined seeds", "affinity labels",
                           "pseudo labels", "segmenter"]
     for row in list(rows.values())[1:]:
         assert f"{row['miou']:.2f}" in said["evaluate"] and len(row["iou"]) == 6

@@ -38,7 +38,7 @@ STAGES = ("plain CAM", "refined seeds", "pseudo labels", "segmenter")
 def results_of(miou, classes=("background", "cat"), **flags):
     """An OUT/results.json as evaluate.py writes it. miou: of the STAGES, None where one was not run."""
     rows = [{"stage": "classifier", "split": "val", "n": 8, "note": "mAP", "map": 0.5, "entropy": 0.25},
-            {"stage": "random seeds", "split": "train", "n": 24, "miou": 11.0, "iou": [0.1, 0.1]},
+            {"stage": "random maps", "split": "train", "n": 24, "miou": 11.0, "iou": [0.1, 0.1]},
             {"stage": "background", "split": "train", "n": 24, "miou": 9.0, "iou": [0.2, float("nan")]}]
     for name, value in zip(STAGES, miou):
         row = {"stage": name, "split": "val" if name == "segmenter" else "train", "n": 8 if name == "segmenter" else 24}
@@ -485,12 +485,13 @@ def test_results_can_start_warm_move_the_thresholds_and_train_on_true_masks(toy,
     for name in ("classifier.json", "classifier.pth", "cams.json", "cams/toy_0000.npz"):
         stage.write(row / name, lambda file: file.write(b"seeds"))
     run("results.py", "--data", toy, "--out", tmp_path, "--preset", "small", "--device", "cpu", "--rows", "transcam",
-        "no-noise", "--seeds", 0, 1, "--further-seeds", 1, "--warm-start", "w.pth", "--shifted", "--true-masks")
+        "no-noise", "--seeds", 0, 1, "--further-seeds", 1, "--warm-start", "w.pth", "--shifted", "--true-masks",
+        "--warm-flags=--micro-batch 2")
     warm = tmp_path / "rows" / "warm"
-    assert called[0].startswith("bnr.py train") and called[0].endswith("--pretrained w.pth")
+    assert called[0].startswith("bnr.py train") and called[0].endswith("--pretrained w.pth --micro-batch 2")
     assert f"--out {warm} --preset warm --seed 0" in called[0]
     assert sum(f"--pretrained {warm / 'classifier.pth'}" in line for line in called) == 5  # 2 rows, 2 seeds; start
-    assert all("--amp" in line for line in called)
+    assert all("--amp" in line and ("--micro-batch" not in line) == (n > 0) for n, line in enumerate(called))
     walks = [line for line in called if line.startswith("psa.py walk")]
     assert [Path(line.split()[5]).name for line in walks] == ["transcam-seed1", "transcam-shifted-seed1"]
     segmenters = [Path(line.split()[5]).name for line in called if line.startswith("segment.py train")]
