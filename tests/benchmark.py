@@ -482,7 +482,7 @@ def bf16(args):
     largest, means, counts = 0, [], {False: 0, True: 0}
     for name, labels in zip(ids, dataset.labels(ids)):
         photo, own = data.read_image(dataset.image(name)), labels.nonzero()[:, 0]
-        sides = [round(network["crop"] * scale / conformer.STRIDE) * conformer.STRIDE for scale in scales]
+        sides = bnr.sides(network["crop"], scales)
         photos, found = [data.square(side)(photo)[None].to(args.device) for side in sides], {}
         for amp in (False, True):
             maps = bnr.multi_scale(model, photos, labels[None], ["refined"], args.device, amp)["refined"]
