@@ -374,21 +374,20 @@ def test_slider_sets_the_opacity_of_the_labels(tab):
 def test_keyboard_moves_opens_and_closes(tab):
     tab.press("Right")
     tab.press("Right")
-    focused = "return document.activeElement.photo?.name"
-    second = tab.names()[1]
-    assert tab.run(focused) == second
+    second, third = tab.names()[1:3]
+    tab.wait(f"document.activeElement.photo?.name === '{second}'")
     tab.press("Enter")
-    opened = "return document.getElementById('viewer').open && document.getElementById('viewed').textContent"
-    assert tab.run(opened) == second
+    opened = "document.getElementById('viewer').open && document.getElementById('viewed').textContent"
+    tab.wait(f"({opened}) === '{second}'")
     tab.press("Right")
-    assert tab.run(opened) == tab.names()[2]
+    tab.wait(f"({opened}) === '{third}'")
     pressed = "return document.querySelector('#viewer [aria-pressed=true]').textContent"
     before = tab.run(pressed)
     tab.press("Down")
     assert tab.run(pressed) != before
     tab.press("Escape")
-    tab.wait(f"document.activeElement.photo?.name === '{tab.names()[2]}'")
-    assert tab.run(opened) is False
+    tab.wait(f"document.activeElement.photo?.name === '{third}'")
+    assert tab.run(f"return {opened}") is False
 
 
 def test_page_fits_a_phone(browser, made):
