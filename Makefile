@@ -51,7 +51,8 @@ help:
 	@echo "JOBS=4: results runs so many rows at a time, each with its own log.txt, where the card has room"
 	@echo "FRESH=1: make every stage of the target anew, also those that are done"
 	@echo "More flags: TRAIN_FLAGS CAMS_FLAGS (bnr.py train, cams) LABELS_FLAGS AFFINITY_FLAGS WALK_FLAGS (psa.py labels,"
-	@echo "train, walk) SEG_FLAGS PREDICT_FLAGS (segment.py train, predict) SHOW_FLAGS (report.py show) RESULTS_FLAGS (results.py) WARM_FLAGS (bnr.py train of the warm start)"
+	@echo "train, walk) SEG_FLAGS PREDICT_FLAGS (segment.py train, predict) SHOW_FLAGS (report.py show) RESULTS_FLAGS (results.py)"
+	@echo "WARM_FLAGS (bnr.py train of the warm start)"
 
 # pydensecrf2 is compiled with the newest Cython: the one that its isolated build pins fails on Python 3.13.
 .venv/ready: requirements.txt

@@ -99,10 +99,6 @@ class DataSet:
         """Of the photos that need seeds: to train on, and to score them on."""
         return list(dict.fromkeys(self.ids("train_aug") + self.ids("train", required=False)))
 
-    def ids_to_show(self):
-        """Of the photos to look at: train, where there is no such list train_aug."""
-        return self.ids("train", required=False) or self.ids("train_aug")
-
     def image(self, name):
         path = self.photos / f"{name}.jpg"
         return path if path.is_file() else self.photo_of.get(name, path)

@@ -148,7 +148,7 @@ def show(args):
         dataset = data.DataSet(args.data)
         stage.read_record(args.out, "cams")
         stage.note_stale(args.out)
-        ids = args.ids or dataset.ids_to_show()[:args.first]
+        ids = args.ids or (dataset.ids("train", required=False) or dataset.ids("train_aug"))[:args.first]
         threshold = seed_threshold(args.out, args.threshold)
         panels = [stages_of(dataset, args.out, name, threshold) for name in ids]
         image = sheet(with_titles(panels), args.height, names_of(dataset, ids))

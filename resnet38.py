@@ -240,11 +240,11 @@ def place(model, device):
 
 def start_network(make, args):
     """`make(backbone)` with the backbone and weights that the flags ask for. -> network, what rebuilds its backbone"""
-    network = {"backbone": args.backbone, "width": args.width}
-    backbone = make_backbone(**network, dropout=args.dropout)
     path = args.resnet38 if args.backbone == "resnet38" else args.backbone_weights
     if args.from_scratch and path:
         raise FlagError(f"--from-scratch does not read {path}: add --no-from-scratch, or leave the file out")
+    network = {"backbone": args.backbone, "width": args.width}
+    backbone = make_backbone(**network, dropout=args.dropout)
     if not args.from_scratch:
         load_backbone(backbone, args.backbone, path)
     return place(make(backbone), args.device), network

@@ -210,12 +210,10 @@ def predict(args):
     dataset = data.DataSet(args.data)
     if args.ids:
         ids = [data.photo_id(name, "--ids") for name in args.ids]
-    elif args.split == "train":
-        ids = dataset.ids_to_show()[:args.first]
-    elif args.split:
-        ids = dataset.ids(args.split)[:args.first]
     else:
-        ids = (dataset.ids("val", required=False) or dataset.ids("train_aug"))[:args.first]
+        or_others = args.split in (None, "train")  # where val or train is missing, train_aug
+        ids = dataset.ids(args.split or "val", required=not or_others) or dataset.ids("train_aug")
+        ids = ids[:args.first]
     data.require([dataset.image(name) for name in ids], "photos")
     run = stage.Stage(args, "segmentation", reads=("segmenter",), data=dataset.digest, ignore=("seed",))
     todo = run.todo(ids, ".png")

@@ -601,6 +601,13 @@ def test_labels_of_another_size_end_a_training_before_it_begins(here, name, fold
     assert not list(Path("out").glob(f"{MAKES[name]}*"))
 
 
+def test_without_a_list_train_the_photos_of_train_aug_are_segmented_to_be_shown(here):
+    without("predict")()
+    Path(f"{LISTS}/train.txt").unlink()
+    run(*STAGES["predict"], *WHERE, "--split", "train")
+    assert {path.stem for path in Path("out/segmentation").iterdir()} == {f"toy_000{n}" for n in range(4)}
+
+
 def test_a_classifier_of_other_classes_is_refused(here):
     without("cams")()
     names = Path("data/classes.txt").read_text().split()
