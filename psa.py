@@ -374,7 +374,8 @@ def main():
     parser.add_argument("--epochs", type=whole(0), default=8, help="passes over train_aug")
     parser.add_argument("--batch-size", type=whole(1, 4096), default=8, help="crops a step")
     parser.add_argument("--lr", type=above(0), default=0.01, help="of SGD; falls as (1 - i/max)^0.9")
-    parser.add_argument("--momentum", type=real(0, 1), default=0.0, help="0: what the published optimizer really did")
+    parser.add_argument("--momentum", type=real(0, 1), default=5e-4,
+                        help="the published code passes the weight decay here")
     parser = commands.add(walk, "random walk: seeds to pseudo labels")
     parser.add_argument("--background-score", type=real(0, 1), default=0.42, help="constant map of background")
     parser.add_argument("--beta", type=above(0), default=14, help="power of the affinities (PSA: 8)")

@@ -5,6 +5,7 @@
     python segment.py submit    OUT/segmenter.pth    -> OUT/results.tar.gz, VOC's test list for the evaluation server
     python segment.py predict PHOTO_OR_FOLDER ...    -> OUT/predictions/ID.png and ID_overlay.png, of any photos
 """
+import math
 import tarfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
 import data
 import engine
@@ -102,10 +103,16 @@ def jitter_hsv(photo):
     return Image.fromarray(hsv.clip(0, 255).astype(np.uint8), mode="HSV").convert("RGB")
 
 
-def random_scale(photo, label, low, high):
-    """Both sides times one random factor: photo bicubic (Pillow, antialiased), label nearest."""
-    photo = data.rescale(photo, float(torch.empty(()).uniform_(low, high)))
-    return photo, v2.functional.resize(label, photo.size[::-1], InterpolationMode.NEAREST)
+def scale(image, factor, mode="bicubic"):
+    """Both sides times `factor`, as OpenCV's cubic or nearest does it: not antialiased, on the grid of `factor` itself.
+
+    image: float32 (C, H, W)  ->  float32 (C, round(factor H), round(factor W)), at least one pixel each
+    """
+    height, width = (max(1, round(side * factor)) for side in image.shape[1:])
+    more = math.ceil(1 / factor)  # of the border's pixels, so that the grid reaches the rounded size
+    padded = F.pad(image[None], (0, more, 0, more), mode="replicate")
+    scaled = F.interpolate(padded, scale_factor=factor, mode=mode, recompute_scale_factor=False)
+    return scaled[0, :, :height, :width]
 
 
 def augment_labelled(photo, label, scale_range, crop):
@@ -114,7 +121,9 @@ def augment_labelled(photo, label, scale_range, crop):
     PIL photo, uint8 (H, W)  ->  float32 (3, crop, crop), int64 (crop, crop)
     """
     photo, label = v2.RandomHorizontalFlip()(jitter_hsv(photo), tv_tensors.Mask(label))
-    photo, label = random_scale(photo, label, *scale_range)
+    factor = float(torch.empty(()).uniform_(*scale_range))
+    photo = scale(v2.functional.pil_to_tensor(photo).float(), factor).round().clamp(0, 255).byte()
+    photo, label = tv_tensors.Image(photo), tv_tensors.Mask(scale(label[None].float(), factor, "nearest")[0].byte())
     fill = {tv_tensors.Mask: data.VOID, "others": data.MEAN_COLOUR}
     photo, label = v2.RandomCrop(crop, pad_if_needed=True, fill=fill)(photo, label)
     return data.to_tensor()(photo), label.as_subclass(torch.Tensor).long()
@@ -160,7 +169,8 @@ def probabilities(net, photos, size):
     total = 0
     for photo in photos:
         logits = net(torch.stack([photo, photo.flip(2)])).float()
-        logits = F.interpolate(logits, size, mode="bilinear", align_corners=True)
+        for to in (photo.shape[1:], size):  # enlarged in two steps, as published
+            logits = F.interpolate(logits, to, mode="bilinear", align_corners=True)
         total = total + logits[0] + logits[1].flip(2)
     return torch.softmax(total / (2 * len(photos)), dim=0)
 
@@ -189,7 +199,7 @@ def segment(args, photos, folder, with_overlay=False):
     net, tensor = load_segmenter(args.out / "segmenter.pth", args.device), data.to_tensor()
 
     def item(name, photo):
-        return name, photo.size[::-1], [tensor(data.rescale(photo, scale)) for scale in args.scales]
+        return name, photo.size[::-1], [scale(tensor(photo), factor) for factor in args.scales]
 
     def jobs():
         images = data.Images(photos.get, list(photos), item)
