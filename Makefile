@@ -17,7 +17,7 @@ START   := $(if $(GPUS),$(PYTHON) -m torch.distributed.run --standalone --nproc_
 COMMON  := --data $(DATA) --out $(OUT) --preset $(PRESET) --seed $(SEED) $(if $(DEVICE),--device $(DEVICE)) \
            $(if $(FRESH),--fresh)
 SCRATCH := $(if $(FROM_SCRATCH),--from-scratch)
-WEIGHTS := $(SCRATCH) $(if $(CONFORMER),--pretrained $(CONFORMER)) $(if $(PARTIAL),--partial)
+WEIGHTS := $(SCRATCH) $(if $(CONFORMER),--pretrained $(CONFORMER))
 BACK    := $(SCRATCH) $(if $(RESNET38),--resnet38 $(RESNET38)) $(if $(BACKBONE),--backbone $(BACKBONE)) \
            $(if $(BACKBONE_WEIGHTS),--backbone-weights $(BACKBONE_WEIGHTS))
 PICK    := $(if $(IDS),--ids $(IDS),--first 4)
@@ -46,7 +46,7 @@ help:
 	@echo "  bench     plain forms against ours: seconds, memory, bytes; BENCH_FLAGS=--quick"
 	@echo "DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) PYTHON=$(PYTHON)"
 	@echo "SEED=$(SEED) (of one run) SEEDS='$(SEEDS)' ROWS='$(ROWS)' FURTHER='$(FURTHER)' INTO=$(INTO)"
-	@echo "CONFORMER=FILE RESNET38=FILE: ImageNet weights; FROM_SCRATCH=1 PARTIAL=1 BACKBONE=resnet50 BACKBONE_WEIGHTS=FILE DEVICE=cpu GPUS=2"
+	@echo "CONFORMER=FILE RESNET38=FILE: ImageNet weights; FROM_SCRATCH=1 BACKBONE=resnet50 BACKBONE_WEIGHTS=FILE DEVICE=cpu GPUS=2"
 	@echo "WARM_START=FILE: results trains one TransCAM classifier from it first (preset warm), and every row starts from that"
 	@echo "JOBS=4: results runs so many rows at a time, each with its own log.txt, where the card has room"
 	@echo "FRESH=1: make every stage of the target anew, also those that are done"

@@ -20,20 +20,22 @@ import engine
 import evaluate
 import seeds
 from commands import Commands, Range, above, add_training_flags, real, whole
-from conformer import ARCHS, HEADS, STRIDE, Conformer, classifier_groups, init_attention, init_identity
+from conformer import (ARCHS, HEADS, STRIDE, Conformer, classifier_groups, init_attention, init_identity,
+                       rename_resnet50)
+from resnet38 import fetch
 from stage import InputError
 
-SMALL = {"epochs": 2, "batch_size": 16, "transformer_lr": 0.1, "crop": 288, "long_side": (288, 448), "scales": (1.0,),
-         "plain": True, "amp": True}  # some thousand small photos
+SMALL = {"pretrained": "resnet50", "epochs": 4, "batch_size": 16, "lr": 2e-4, "head_lr": 5.0, "transformer_lr": 0.1,
+         "crop": 288, "long_side": (288, 448), "scales": (1.0,), "plain": True, "amp": True}  # some thousand photos
 PRESETS = {  # defaults that differ from the published VOC setting, which is that of the flags
     "voc": {},
     "coco": {"epochs": 10, "batch_size": 16},
     "toy": {"arch": "nano", "from_scratch": True, "sharpness": 160.0, "epochs": 36, "batch_size": 16, "lr": 1e-3,
             "crop": 96, "long_side": (96, 144), "scales": (1.0, 1.5, 2.0), "plain": True},
     "small": SMALL,
-    "warm": {**SMALL, "loss": "transcam", "partial": True, "epochs": 4, "lr": 2e-4,
-             "head_lr": 5.0},  # what `small` starts from
+    "warm": {**SMALL, "loss": "transcam"},  # what `small` starts from
 }
+RESNET50 = "resnet50"  # the word that stands for torchvision's file
 SAMPLE = 64  # photos on which a training is watched
 
 
@@ -163,19 +165,25 @@ def fits(arch):
     return ": no file is published for nano" if arch == "nano" else f": Conformer_{arch}_patch16.pth fits"
 
 
-def start_classifier(arch, num_labels, pretrained=None, partial=False, sharpness=60.0):
-    """A Conformer with the weights of a file, but for its heads; transformer blocks that stay fresh start sharp."""
+def start_classifier(arch, num_labels, pretrained=None, sharpness=60.0):
+    """A Conformer with the weights of a file, but for its heads; transformer blocks that stay fresh start sharp.
+
+    pretrained: Conformer's or torchvision's ResNet-50's file, or "resnet50", which fetches that
+    """
     model = Conformer(arch, num_labels)
     fresh = list(model.state_dict())
     if pretrained:
-        state = engine.read_weights(pretrained, fits(arch))
-        hint = fits(arch) + ("" if partial else "; --partial takes a file that lacks tensors")
-        fresh = engine.load_weights(model, state.get("model", state), pretrained, HEADS, partial, hint)
+        path = fetch(pretrained) if pretrained == RESNET50 else pretrained
+        state = engine.read_weights(path, fits(arch))
+        state = state.get("model", state)
+        is_resnet50 = "layer1.0.conv1.weight" in state
+        state = rename_resnet50(state) if is_resnet50 else state
+        fresh = engine.load_weights(model, state, path, HEADS, partial=is_resnet50, hint=fits(arch))
+        if is_resnet50:
+            init_identity(model, fresh)
     for name, block in model.blocks():
         if sharpness and f"{name}.attn.qkv.weight" in fresh:
             init_attention(block, sharpness)
-    if partial:
-        init_identity(model, fresh)
     return model
 
 
@@ -184,9 +192,11 @@ def train(args):
     if args.crop % STRIDE:
         raise stage.FlagError(f"--crop {args.crop} is no multiple of {STRIDE}")
     dataset = data.DataSet(args.data)
+    if args.from_scratch and isinstance(args.pretrained, Path):
+        raise stage.FlagError(f"--from-scratch does not read {args.pretrained}: add --no-from-scratch, or leave it out")
     if not (args.pretrained or args.from_scratch):
         raise InputError("no weights: CONFORMER=FILE (--pretrained) takes a file of github.com/pengzhiliang/Conformer"
-                         f"{fits(args.arch)}; FROM_SCRATCH=1 (--from-scratch) starts without")
+                         f"{fits(args.arch)}; resnet50 fetches torchvision's; FROM_SCRATCH=1 starts without")
     ids = dataset.ids("train_aug")
     labels, prepare = dict(zip(ids, dataset.labels(ids))), augment(args.crop, args.long_side)
     batches = data.Batches(data.Images(dataset.image, ids, lambda name, photo: (prepare(photo), labels[name])), args)
@@ -194,7 +204,8 @@ def train(args):
                       fits={"pretrained": fits(args.arch)})
     if run.is_done():
         return
-    model = start_classifier(args.arch, len(dataset.classes), args.pretrained, args.partial, args.sharpness)
+    pretrained = None if args.from_scratch else args.pretrained
+    model = start_classifier(args.arch, len(dataset.classes), pretrained, args.sharpness)
     model = model.to(args.device, memory_format=torch.channels_last)
     run.start()
     groups = classifier_groups(model, args.lr, args.head_lr, args.transformer_lr)
@@ -380,8 +391,9 @@ def main():
     parser = both[0]
     parser.add_argument("--loss", choices=("bnr", "transcam"), default="bnr", help="eq. 9, or L_cls alone: TransCAM")
     parser.add_argument("--noise", type=noise_factor, default=1.0, help="factor of eq. 6; none: M* itself in the loss")
-    parser.add_argument("--pretrained", type=Path, help="ImageNet weights, Conformer_ARCH_patch16.pth")
-    parser.switch("--partial", "--pretrained may lack tensors; what it lacks starts almost without effect")
+    parser.add_argument("--pretrained", type=lambda text: text if text == RESNET50 else Path(text),
+                        help="ImageNet weights: Conformer_ARCH_patch16.pth, or torchvision's ResNet-50, for the "
+                             "convolution branch of small; the word resnet50 fetches that")
     add_training_flags(parser)
     parser.add_argument("--sharpness", type=real(0), default=60.0,
                         help="logit a token gives itself in fresh blocks; 0: uniform start")

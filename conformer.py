@@ -26,7 +26,7 @@ LN_EPS, BN_EPS = 1e-6, 1e-6  # the stem's bn1 and trans_norm keep torch's 1e-5, 
 DROP_PATH = 0.1  # of the last stage; grows linearly from 0
 HEADS = ("conv_cls_head", "trans_cls_head")
 TRANSFORMER = ("trans_1.", "trans_patch_conv.", "trans_norm.", "cls_token", ".trans_block.", ".squeeze_block.")
-HEAD_STD = 0.01  # of the CAM head beside a partial file: at Kaiming's its maps are noise that drowns given features
+HEAD_STD = 0.01  # of the CAM head beside ResNet-50's features: at Kaiming's its maps are noise that drowns them
 
 
 class DropPath(nn.Module):
@@ -230,8 +230,26 @@ def init_attention(block, sharpness):
         block.attn.qkv.weight[D:2 * D] = query
 
 
+def rename_resnet50(state):
+    """torchvision's ResNet-50 under the names of Conformer-small's convolution branch; layer4 and fc are left out.
+
+    Its blocks go, in order, into the first bottlenecks of the same width. name: tensor  ->  name: tensor
+    """
+    blocks = [f"layer{layer}.{n}" for layer, count in ((1, 3), (2, 4), (3, 6)) for n in range(count)]
+    stages = [f"conv_trans_{n}.{part}" for n in (2, 5, 6, 9, 10, 11) for part in ("cnn_block", "fusion_block")]
+    places, out = dict(zip(blocks, ["conv_1", *stages])), {}
+    for name, tensor in state.items():
+        block, inner = name[:len("layer1.0")], name[len("layer1.0"):]
+        if block in places:
+            inner = inner.replace("downsample.0", "residual_conv").replace("downsample.1", "residual_bn")
+            out[places[block] + inner] = tensor
+        elif name.startswith(("conv1.", "bn1.")):  # the stem
+            out[name] = tensor
+    return out
+
+
 def init_identity(model, fresh, coupling=0.1):
-    """Where a file gave the convolution branch alone: it starts (almost) as the network that it comes from.
+    """Where ResNet-50 gave the convolution branch: it starts (almost) as the network that it comes from.
 
     Tokens join it with BatchNorm scale `coupling` (at 0 the ReLU behind would stay dead); a fresh bottleneck passes its
     input on. fresh: names of the tensors that the file did not give

@@ -26,11 +26,11 @@ NETWORK = {"backbone": "resnet38", "width": 64, "dropout": 1.0, "optimizer": "sg
            "crop": 448, "weight_decay": 5e-4}
 PUBLISHED = {
     "bnr train": {
-        "arch": "small", "loss": "bnr", "noise": 1.0, "from_scratch": False, "partial": False, "epochs": 22,
+        "arch": "small", "loss": "bnr", "noise": 1.0, "from_scratch": False, "epochs": 22,
         "batch_size": 8, "lr": 5e-5, "weight_decay": 5e-4, "crop": 512, "long_side": (320, 640)},
     "bnr cams": {"arch": "small", "crop": 512, "scales": (0.5, 1.0, 1.5)},
     "psa labels": {"foreground": 0.60, "background": 0.25},
-    "psa train": {**NETWORK, "epochs": 8, "batch_size": 8, "lr": 0.01, "momentum": 0.0},  # as PSA's code has it
+    "psa train": {**NETWORK, "epochs": 8, "batch_size": 8, "lr": 0.01, "momentum": 5e-4},  # as PSA's code has it
     "psa walk": {"background_score": 0.42, "beta": 14, "log_steps": 7},
     "segment train": {**NETWORK, "iterations": 20000, "batch_size": 10, "lr": 1e-3, "scale_range": (0.5, 1.5),
                       "freeze_bn": False},
@@ -128,7 +128,7 @@ def test_classifier_trains_all_by_adamw_at_one_rate(monkeypatch, tmp_path, prese
 
 @pytest.mark.parametrize("preset", ["voc", "coco"])
 @pytest.mark.parametrize("command, steps, rate, momentum, end", [
-    ("psa train", 43 // 8 * 8, 0.01, 0, 40), ("segment train", 20000, 1e-3, 0.9, 20001)])
+    ("psa train", 43 // 8 * 8, 0.01, 5e-4, 40), ("segment train", 20000, 1e-3, 0.9, 20001)])
 def test_sgd_falls_as_published(monkeypatch, tmp_path, preset, command, steps, rate, momentum, end):
     weights = tmp_path / "res38.pth"
     torch.save(ResNet38(1).state_dict(), weights)

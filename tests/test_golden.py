@@ -58,7 +58,7 @@ def test_an_imagenet_file_loads_but_for_its_heads_which_are_named(imagenet, tmp_
     ("patch 32", r"trans_patch_conv.weight \(file \(384, 64, 8, 8\), network \(384, 64, 4, 4\)\): FILE fits"),
     ("foreign", "w.pth is damaged, or holds more than tensors, and is not read: FILE fits"),
     ("list", "w.pth holds a list, not named tensors: FILE fits"),
-    ("lacking", "w.pth does not fit: .*: FILE fits; --partial takes a file that lacks tensors")])
+    ("lacking", "w.pth does not fit: .*: FILE fits")])
 def test_a_wrong_file_is_named_with_the_one_that_fits(imagenet, tmp_path, damage, says):
     damaged = {"patch 32": {**imagenet, "trans_patch_conv.weight": torch.zeros(384, 64, 8, 8)}, "list": [1, 2],
                "lacking": {name: value for name, value in imagenet.items() if "trans_block" not in name},
@@ -182,6 +182,29 @@ def test_deeplab_logits_equal_the_published():
     with torch.no_grad():
         logits = F.interpolate(net(drawn_image(0, 1, 97, 129)), (97, 129), mode="bilinear", align_corners=True)
     assert largest_difference(logits[:, :, ::4, ::4], np.load(GOLDEN / "deeplab.npz")["logits"]) < 1e-4
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.63, 0.75, 1.25, 1.5, 1.75])
+def test_photos_are_scaled_as_opencv_scales_them(factor):
+    golden = np.load(GOLDEN / "scaling.npz")
+    photo = torch.from_numpy(golden["photo"]).permute(2, 0, 1).float()
+    found = segment.scale(photo, factor).round().clamp(0, 255).permute(1, 2, 0).numpy()
+    different = np.abs(found - golden[f"scaled_{factor}"])
+    assert found.shape == different.shape and different.max() <= 1 and (different > 0).sum() <= 1
+
+
+def test_the_segmenters_test_equals_the_published():
+    golden = np.load(GOLDEN / "segment_test.npz")
+    net = segment.DeepLab(resnet38.ResNet38(), 21).eval()
+    state = rebuilt("deeplab")
+    net.load_state_dict({**state, "cls_conv.weight": 4 * state["cls_conv.weight"]})
+    photo = data.to_tensor()(Image.fromarray(golden["photo"]))
+    scores = segment.probabilities(net, [segment.scale(photo, x) for x in (0.5, 0.75, 1, 1.25, 1.5, 1.75)], (97, 129))
+    scores = scores.numpy()
+    assert np.abs(scores[:, ::4, ::4] - golden["probabilities"]).max() < 1e-5
+    assert (scores.argmax(0) == golden["argmax"]).mean() >= 0.9999
+    label = segment.dense_crf(golden["photo"], scores.clip(1e-5, 1), **segment.CRF_SCORES).argmax(0)
+    assert (label == golden["label"]).mean() >= 0.9999
 
 
 @pytest.mark.parametrize("form", ["", "_v1", "_legacy"])

@@ -302,18 +302,6 @@ def test_too_little_memory_is_told_in_one_line(monkeypatch, work, what):
     assert re.fullmatch(rf"device: .*\nerror: the {what} has too little memory.*--micro-batch.*\n", said)
 
 
-def test_a_partial_file_needs_partial_and_fresh_blocks_start_sharp(done, tmp_path):
-    toy, out, _ = done
-    state = torch.load(out / "classifier.pth", weights_only=True)["model"]
-    state = {name: value for name, value in state.items() if "trans" not in name or "cnn_block" in name}
-    torch.save(state, tmp_path / "conv.pth")
-    train = ("bnr.py", "train", "--data", toy, "--out", tmp_path / "out", *CLASSIFIER, "--epochs", 0,
-             "--pretrained", tmp_path / "conv.pth")
-    assert "--partial takes" in refused(*train)
-    said = run(*train, *SMALL, "--partial")
-    assert "fresh: " in said and "trans_1" in said and "conv_1 " not in said
-
-
 # ---------------------------------------------------------------- errors: one line, status 1 (2 for a wrong flag)
 
 def refused(script, *flags, status=1):

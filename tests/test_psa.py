@@ -244,12 +244,12 @@ def test_hsv_jitter_shifts_a_colour_by_little_and_keeps_the_size():
     assert all(abs(c[0] - 200) <= 12 for c in colours)  # the largest channel is the value
 
 
-def test_random_scale_resizes_photo_and_label_alike():
-    label = torch.tensor([[0, 3], [255, 7]], dtype=torch.uint8).repeat_interleave(20, 0).repeat_interleave(20, 1)
-    label = tv_tensors.Mask(label)  # of another size: it follows the photo
-    for _ in range(10):
-        photo, scaled = segment.random_scale(Image.new("RGB", (60, 40)), label, 0.5, 1.5)
-        assert photo.size == tuple(scaled.shape[::-1]) and 30 <= photo.size[0] <= 90
+def test_photo_and_label_are_scaled_alike():
+    label = torch.tensor([[0, 3], [255, 7]], dtype=torch.uint8).repeat_interleave(20, 0).repeat_interleave(30, 1)
+    for factor in (0.5, 0.63, 1.0, 1.37, 1.5):
+        photo = segment.scale(torch.zeros(3, 40, 60), factor)
+        scaled = segment.scale(label[None].float(), factor, "nearest")[0]
+        assert photo.shape[1:] == scaled.shape == (round(40 * factor), round(60 * factor))
         assert set(scaled.unique().tolist()) == {0, 3, 7, 255}
 
 
