@@ -26,8 +26,7 @@ from stage import FlagError
 PRESETS = {
     "voc": {},
     "coco": {},
-    "toy": {**NARROW, "epochs": 8, "crop": 96, "log_steps": 5, "foreground": 0.5, "background": 0.15,
-            "background_score": 0.3},
+    "toy": {**NARROW, "epochs": 8, "crop": 96, "log_steps": 5},
     "small": {"backbone": "resnet50", "epochs": 3, "crop": 160, "amp": True},
 }
 STRIDE = 8  # pixels of the photo one affinity feature stands for

@@ -1,40 +1,40 @@
-"""Pictures of the toy set: animals with one body, told apart by head and tail, before five scenes.
+"""Pictures of the toy set: animals of one fur from head to tail, told apart by marks, before five scenes.
 
 `python prepare.py toy` draws them. The same pixels for the same generator.
 """
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-TOY_CLASSES = ("cat", "rabbit", "cow", "bear", "lion")
-FURS = (  # colours of the body, whatever the class
-    (200, 150, 110), (228, 214, 190), (168, 170, 178), (150, 112, 92), (118, 116, 132), (206, 170, 160))
-COATS = {  # of head and tail
-    "cat": (238, 130, 40), "rabbit": (250, 244, 240), "cow": (60, 48, 52), "bear": (126, 70, 36),
+COATS = {  # colour of half of a class's animals
+    "cat": (250, 180, 110), "rabbit": (250, 244, 240), "cow": (244, 228, 224), "bear": (214, 150, 96),
     "lion": (246, 200, 84)}
+TOY_CLASSES = tuple(COATS)
+FURS = ((214, 166, 124), (236, 220, 196), (198, 198, 206), (226, 184, 172), (190, 164, 144))  # of all the others
 WHITE, INK, PINK, GOLD, RUST = (255, 252, 245), (44, 34, 38), (246, 142, 160), (250, 200, 60), (176, 62, 30)
-COAT = None  # stands for the colour of the class
-# What tells a class: marks behind the head, then those on the face, each with its mirror image. The head's centre is
-# (0, 0), its radius 20. Four numbers are an oval (centre, radii), a list of points is a polygon.
-MANE = [((20 * np.sin(a), -20 * np.cos(a), 7, 7), (GOLD, RUST)[n % 2]) for n, a in enumerate(np.linspace(0, np.pi, 9))]
+ORANGE, LIME, ROSE, BROWN, CREAM = (236, 100, 20), (186, 236, 40), (240, 104, 140), (110, 62, 44), (252, 236, 204)
+PLUM = (98, 44, 124)
+# What tells a class: marks behind the head, on the face, on the tips of tail and legs, each with its mirror image.
+# (0, 0) is the centre of head (radius 20) or tip. Four numbers are an oval (centre, radii), a list of points is a
+# polygon, None stands for the colour of the fur.
+MANE = [((21 * np.sin(a), -21 * np.cos(a), 8, 8), (GOLD, RUST)[n % 2]) for n, a in enumerate(np.linspace(0, np.pi, 9))]
 MARKS = {
-    "cat": (
-        [([(-20, -4), (-19, -33), (-2, -16)], COAT), ([(-17, -9), (-16.5, -27), (-6, -16)], PINK)],
-        [((8, -3, 6, 6.5), (70, 190, 80)), ((8, -3, 2, 6), INK), ([(-4, 6), (4, 6), (0, 11)], PINK)]),
-    "rabbit": (
-        [((9, -31, 7, 20), COAT), ((9, -30, 4, 16), PINK)],
-        [((7, 8, 8.5, 7.5), WHITE), ([(-3, 11), (3, 11), (3, 19), (-3, 19)], WHITE), ((8, -5, 3.5, 4.5), INK),
-         ((9, -6.5, 1.3, 1.3), WHITE), ((0, 3, 4, 3), PINK)]),
-    "cow": (
-        [((22, -5, 8, 5), COAT), ([(6, -16), (17, -21), (19, -34), (27, -24), (24, -13), (14, -8)], WHITE)],
-        [((0, 9, 17, 10), PINK), ((6, 9, 2.5, 3.5), (168, 70, 92)),
-         ((8, -7, 4.5, 4.5), WHITE), ((8, -6.5, 2.7, 3), INK)]),
-    "bear": (
-        [((15, -15, 9, 9), COAT), ((15, -15, 5.5, 5.5), INK)],
-        [((9, -4, 7, 8), INK), ((8.5, -4, 3, 3), WHITE), ((0, 9, 10, 8), (250, 232, 196)), ((0, 5, 4.5, 3.2), INK)]),
-    "lion": (
-        MANE,
-        [((8, -5, 3.5, 4.5), INK), ((9, -6.5, 1.3, 1.3), WHITE),
-         ((5, 9, 6, 5), GOLD), ([(-5, 3), (5, 3), (0, 9)], RUST)])}
+    "cat": ([([(-22, -1), (-23, -40), (0, -17)], ORANGE), ([(-18, -8), (-19, -31), (-5, -17)], INK)],
+            [((9, -3, 9, 9), INK), ((9, -3, 7.5, 7.5), LIME), ((9, -3, 2, 7), INK), ([(-4, 5), (4, 5), (0, 10)], PINK),
+             ([(4, 9), (32, 3), (32, 6)], WHITE), ([(4, 10), (31, 14), (30, 17)], WHITE)],
+            [((0, 0, 10, 10), ORANGE), ((0, -1, 10, 3), INK)]),
+    "rabbit": ([((9, -31, 8, 20), WHITE), ((9, -30, 4.5, 16), PINK)],
+               [((7, 8, 9, 8), WHITE), ([(-3, 11), (3, 11), (3, 20), (-3, 20)], WHITE), ((8, -5, 3.5, 4.5), INK),
+                ((9, -6.5, 1.3, 1.3), WHITE), ((0, 3, 4, 3), PINK)],
+               [((5, 4, 7, 7), WHITE), ((5, -4, 7, 7), WHITE)]),
+    "cow": ([((24, -4, 9, 6), None), ([(6, -16), (17, -21), (19, -36), (29, -26), (25, -13), (14, -8)], BROWN)],
+            [((0, 10, 19, 11), ROSE), ((7, 10, 3, 4), BROWN), ((8, -7, 5, 5), WHITE), ((8, -6.5, 3.3, 3.6), INK)],
+            [((0, -2, 8, 13), BROWN)]),
+    "bear": ([((16, -16, 11, 11), PLUM), ((16, -16, 5, 5), CREAM)],
+             [((9, -4, 8, 9), PLUM), ((8.5, -4, 3, 3), WHITE), ((0, 10, 12, 10), CREAM), ((0, 6, 5.5, 4), PLUM)],
+             [((0, 0, 10, 10), PLUM)]),
+    "lion": (MANE,
+             [((8, -5, 3.5, 4.5), INK), ((9, -6.5, 1.3, 1.3), WHITE), ((5, 9, 6, 5), GOLD), ((0, 5, 6, 4), RUST)],
+             [((5, 5, 5, 5), GOLD), ((5, -5, 5, 5), RUST), ((0, 0, 5, 5), RUST)])}
 # In the order of the classes at home there: colours of the far half (top, bottom) and of the ground (far, near), then
 # the things there, the far ones first: count, whether in the far half, shape, half width, half height, colours.
 SCENES = {
@@ -51,9 +51,9 @@ SCENES = {
         (30, True, "oval", 30, 20, ((40, 92, 68), (52, 108, 70))),
         (200, False, "blade", 0, 16, ((116, 164, 78),)),
         (9, False, "flower", 11, 8, ((214, 62, 54),))]),
-    "dunes": ((116, 196, 216), (196, 230, 224), (246, 216, 134), (226, 172, 84), [
-        (8, False, "wave", 240, 40, ((204, 150, 74),)),
-        (70, False, "oval", 6, 4, ((168, 136, 112), (150, 160, 90), (220, 204, 180)))])}
+    "dunes": ((116, 196, 216), (196, 230, 224), (180, 106, 92), (132, 68, 70), [
+        (8, False, "wave", 240, 40, ((112, 54, 58),)),
+        (70, False, "oval", 6, 4, ((150, 104, 96), (116, 120, 80), (196, 140, 124)))])}
 
 
 def oval(draw, x, y, rx, ry, fill):
@@ -61,10 +61,10 @@ def oval(draw, x, y, rx, ry, fill):
     draw.ellipse([int(round(v)) for v in (x - rx, y - ry, x + rx, y + ry)], fill=fill)
 
 
-def paint_fur(rng, size):
+def paint_fur(rng, size, coat):
     """A square of fur, a base colour with patches, stripes or speckles of a second one, and the base colour."""
     first, second = rng.permutation(len(FURS))[:2]
-    base = FURS[first]
+    base = coat if rng.rand() < 0.5 else FURS[first]
     blend = tuple((a + 2 * b) // 3 for a, b in zip(base, FURS[second]))
     fur, pattern = Image.new("RGB", (size, size), base), rng.choice(["patches", "stripes", "speckles"])
     draw = ImageDraw.Draw(fur)
@@ -79,46 +79,47 @@ def paint_fur(rng, size):
     return fur, base
 
 
-def paste_part(layer, skin, box, light=1.0, corner=None):
-    """Paste what the skin shows in a round-cornered box (an oval without `corner`), lit from above, with a dark rim."""
+def paste_part(layer, fur, box, light=1.0, corner=None):
+    """Paste the fur of a round-cornered box (an oval without `corner`), lit from above, with a dark rim."""
     x0, y0, x1, y1 = box
-    shade = light * np.linspace(1.12, 0.78, y1 - y0)[:, None, None]
-    part = Image.fromarray(np.minimum(np.asarray(skin.crop(box)) * shade, 255).astype(np.uint8))
+    shade = light * np.linspace(1.08, 0.88, y1 - y0)[:, None, None]
+    part = Image.fromarray(np.minimum(np.asarray(fur.crop(box)) * shade, 255).astype(np.uint8))
     mask, edge = Image.new("L", part.size), (0, 0, x1 - x0 - 1, y1 - y0 - 1)
-    for image, fill, rim in ((mask, 255, 255), (part, None, (84, 62, 58))):
+    for image, fill, rim in ((mask, 255, 255), (part, None, (112, 82, 74))):
         draw = ImageDraw.Draw(image)
         if corner:
-            draw.rounded_rectangle(edge, corner, fill, rim, 3)
+            draw.rounded_rectangle(edge, corner, fill, rim, 2)
         else:
-            draw.ellipse(edge, fill, rim, 3)
+            draw.ellipse(edge, fill, rim, 2)
     layer.paste(part, (x0, y0), mask)
 
 
-def draw_marks(draw, marks, coat):
-    """Marks of a class, and their mirror images, around the head's centre."""
+def draw_marks(draw, marks, colour, cx, cy, unit=3.3):
+    """Marks of a class, and their mirror images, around the centre of head or tip; the unit in pixels."""
     for shape, fill in marks:
-        for unit in (-3.3, 3.3):  # pixels; the sign makes the mirror image
+        for side in (-unit, unit):
             if isinstance(shape, list):
-                draw.polygon([(int(112 + unit * x), int(180 + 3.3 * y)) for x, y in shape], fill or coat)
+                draw.polygon([(int(cx + side * x), int(cy + unit * y)) for x, y in shape], fill or colour)
             else:
                 x, y, rx, ry = shape
-                oval(draw, 112 + unit * x, 180 + 3.3 * y, 3.3 * rx, 3.3 * ry, fill or coat)
+                oval(draw, cx + side * x, cy + unit * y, unit * rx, unit * ry, fill or colour)
 
 
 def draw_animal(rng, name, extent):
     """An RGBA layer, cropped to the animal, whose longer side is `extent` pixels."""
-    fur, colour = paint_fur(rng, 390)
-    coat, layer = Image.new("RGB", fur.size, COATS[name]), Image.new("RGBA", fur.size, (*colour, 0))
+    fur, colour = paint_fur(rng, 390, COATS[name])
+    layer = Image.new("RGBA", fur.size, (*colour, 0))
     draw = ImageDraw.Draw(layer)
-    behind, on_face = MARKS[name]
-    draw.line([(272, 240), (306, 214), (320, 188)], COATS[name], 24, joint="curve")  # the tail
-    paste_part(layer, coat, (284, 150, 348, 214))
-    for x, foot, light in ((148, 342, 0.8), (222, 342, 0.8), (116, 352, 1.0), (244, 352, 1.0)):  # the near legs last
+    behind, on_face, on_tips = MARKS[name]
+    draw.line([(272, 240), (306, 214), (320, 188)], colour, 24, joint="curve")  # the tail
+    draw_marks(draw, on_tips, colour, 320, 182)
+    for x, foot, light in ((148, 342, 0.88), (222, 342, 0.88), (116, 352, 1.0), (244, 352, 1.0)):  # the near legs last
         paste_part(layer, fur, (x, 256, x + 42, foot), light, 18)
+        draw_marks(draw, on_tips, colour, x + 21, foot - 16, 2.4)
     paste_part(layer, fur, (98, 190, 294, 320))
-    draw_marks(draw, behind, COATS[name])
-    paste_part(layer, coat, (46, 114, 178, 246), 1.04)
-    draw_marks(draw, on_face, COATS[name])
+    draw_marks(draw, behind, colour, 112, 180)
+    paste_part(layer, fur, (46, 114, 178, 246), 1.04)
+    draw_marks(draw, on_face, colour, 112, 180)
     layer = layer.transpose(Image.FLIP_LEFT_RIGHT) if rng.rand() < 0.5 else layer
     layer = layer.rotate(float(rng.uniform(-9, 9)), Image.BILINEAR)
     layer = layer.crop(layer.getchannel("A").getbbox())
