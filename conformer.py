@@ -1,8 +1,7 @@
 """Conformer: a CNN and a transformer that exchange features at every stage (Peng et al. 2021; Sec. 3.1 of the paper).
 
-Knows nothing of the other scripts: `Conformer(arch, num_classes)` is the network, `init_attention` the start of a
-transformer that has no published weights, `classifier_groups` the learning rates of its parts. Parameter names are
-those of the authors' checkpoints.
+`Conformer(arch, num_classes)` is the network, `start_classifier` gives it the published weights or torchvision's
+ResNet-50. Parameter names are those of the authors' checkpoints.
 
     from conformer import Conformer
     features, token, qk = Conformer("small", num_classes)(images)
@@ -13,6 +12,9 @@ from collections import OrderedDict
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.ops import StochasticDepth
+
+from wsss.weights import fetch, load_weights, read_weights
 
 # channel ratio, token width D, heads H, stem channels, stages at stride 4, 8, 16; all are published but `nano`
 ARCHS = {
@@ -21,26 +23,13 @@ ARCHS = {
     "small": (4, 384, 6, 64, (4, 4, 4)),
     "base": (6, 576, 9, 64, (4, 4, 4)),
 }
+RESNET50 = "resnet50"  # the word that stands for torchvision's file
 STRIDE = 16  # pixels of the photo a patch token stands for
 LN_EPS, BN_EPS = 1e-6, 1e-6  # the stem's bn1 and trans_norm keep torch's 1e-5, as published
 DROP_PATH = 0.1  # of the last stage; grows linearly from 0
 HEADS = ("conv_cls_head", "trans_cls_head")
 TRANSFORMER = ("trans_1.", "trans_patch_conv.", "trans_norm.", "cls_token", ".trans_block.", ".squeeze_block.")
 HEAD_STD = 0.01  # of the CAM head beside ResNet-50's features: at Kaiming's its maps are noise that drowns them
-
-
-class DropPath(nn.Module):
-    """Drops a residual branch for whole images, with probability `p`, and scales the others by 1 / (1 - p)."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.p
-        return x * keep.to(x.dtype) / (1 - self.p)
 
 
 class Attention(nn.Module):
@@ -68,7 +57,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=LN_EPS)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x):
         attended, qk = self.attn(self.norm1(x))
@@ -196,7 +185,7 @@ class Conformer(nn.Module):
 
     def forward(self, images):
         if images.shape[2] % STRIDE or images.shape[3] % STRIDE:
-            raise ValueError(f"image sides {tuple(images.shape[2:])} are no multiples of {STRIDE}")
+            raise ValueError(f"image sides {tuple(images.shape[2:])} are not multiples of {STRIDE}")
         stem = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, 2, 1)  # stride 4
         x, _ = self.conv_1(stem)
         tokens = self.trans_patch_conv(stem).flatten(2).transpose(1, 2)  # (B, N, D)
@@ -266,11 +255,27 @@ def init_identity(model, fresh, coupling=0.1):
                     nn.init.dirac_(module.residual_conv.weight)
 
 
-def classifier_groups(model, lr, head_lr, transformer_lr):
-    """`lr` times `head_lr` for the heads, times `transformer_lr` for the transformer and what feeds it."""
-    groups = {1.0: []}
-    for name, parameter in model.named_parameters():
-        in_transformer = any(part in name for part in TRANSFORMER)
-        factor = head_lr if name.startswith(HEADS) else transformer_lr if in_transformer else 1.0
-        groups.setdefault(factor, []).append(parameter)
-    return [{"params": parameters, "lr": lr * factor} for factor, parameters in groups.items() if parameters]
+def file_that_fits(arch):
+    """How a message ends that tells which weight file fits."""
+    return ": no file is published for nano" if arch == "nano" else f": Conformer_{arch}_patch16.pth fits"
+
+
+def start_classifier(arch, num_labels, pretrained=None, sharpness=60.0):
+    """A Conformer with the weights of a file, but for its heads; transformer blocks that stay fresh start sharp.
+
+    pretrained: Conformer's or torchvision's ResNet-50's file, or "resnet50", which fetches that
+    """
+    model = Conformer(arch, num_labels)
+    fresh = list(model.state_dict())
+    if pretrained:
+        path, hint = fetch(RESNET50) if pretrained == RESNET50 else pretrained, file_that_fits(arch)
+        state, _ = read_weights(path, hint)
+        is_resnet50 = "layer1.0.conv1.weight" in state
+        state = rename_resnet50(state) if is_resnet50 else state
+        fresh = load_weights(model, state, path, HEADS, partial=is_resnet50, hint=hint)
+        if is_resnet50:
+            init_identity(model, fresh)
+    for name, block in model.blocks():
+        if sharpness and f"{name}.attn.qkv.weight" in fresh:
+            init_attention(block, sharpness)
+    return model

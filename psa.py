@@ -1,12 +1,12 @@
 """PSA (Ahn & Kwak 2018): seeds, affinity labels, AffinityNet, random walk, pseudo labels. Sec. 3.4 of the paper.
 
-    python psa.py labels   OUT/cams                             -> OUT/affinity_labels/ID.png (255: not sure)
-    python psa.py train    OUT/affinity_labels                  -> OUT/affinitynet.pth
-    python psa.py walk     OUT/affinitynet.pth, OUT/cams        -> OUT/pseudo_labels/ID.png
+    python psa.py labels   OUT/cams                                       -> OUT/affinity_labels/ID.png (255: not sure)
+    python psa.py train    OUT/affinity_labels                            -> OUT/affinitynet/model.pth
+    python psa.py walk     OUT/affinitynet/model.pth, OUT/cams            -> OUT/pseudo_labels/ID.png
 """
+import wsss  # noqa: F401, first: it names a package that is not installed
 import warnings
 
-import stage  # before torch: from here on Ctrl-C is one line
 import numpy as np
 import torch
 import torch.nn as nn
@@ -14,23 +14,19 @@ import torch.nn.functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-import data
-import engine
-import seeds
-from commands import Commands, above, real, whole
-from crf import CRF_LABELS, crf_from_labels
-from resnet38 import (FITS, NARROW, add_network_flags, freeze_batch_norm, make_backbone, make_optimizer, place,
-                      start_network)
-from stage import FlagError
+from wsss.cli import Commands, run_stage
+from wsss.crf import CRF_LABELS, crf_from_labels
+from wsss.data import DataSet, Images, require_labels
+from wsss.images import VOID, read_mask, require, to_tensor, write_mask
+from wsss.pool import autocast, for_each_photo
+from wsss.resnet38 import FITS, freeze_batch_norm, load_network, make_optimizer, start_network
+from wsss.seeds import hard_threshold, read_seeds
+from wsss.stage import FlagError, InputError
+from wsss.training import Batches, fit
 
-PRESETS = {
-    "voc": {},
-    "coco": {},
-    "toy": {**NARROW, "epochs": 8, "crop": 96, "log_steps": 5},
-    "small": {"backbone": "resnet50", "epochs": 3, "crop": 160, "amp": True},
-}
 STRIDE = 8  # pixels of the photo one affinity feature stands for
 RADIUS = 5  # places within it are compared
+NEW = ("f8", "f9")  # beginnings of the names of layers that no file has
 
 
 # ---------------------------------------------------------------- equations, on pairs of places
@@ -152,8 +148,7 @@ def sparse_transition(affinities, height, width, radius, beta):
         rows, columns = matrix.indices()
         sums = torch.zeros(height * width, device=value.device).index_add_(0, rows, matrix.values())
         starts = F.pad(rows.bincount(minlength=height * width).cumsum(0), (1, 0))
-        # int32 halves the bytes of the indices
-        return torch.sparse_csr_tensor(starts.int(), columns.int(), matrix.values() / sums[rows], shape)
+        return torch.sparse_csr_tensor(starts.int(), columns.int(), matrix.values() / sums[rows], shape)  # int32: small
 
 
 def sparse_walk(maps, affinities, radius, beta, steps):
@@ -173,47 +168,43 @@ def affinity_label(classes, cams, photo, num_classes, foreground, background, cr
 
     classes: (k,), cams: (k, H, W) in [0, 1], photo: uint8 (H, W, 3)  ->  uint8 (H, W)
     """
-    high = crf_from_labels(photo, seeds.hard_threshold(classes, cams, foreground), num_classes, **crf)
-    low = crf_from_labels(photo, seeds.hard_threshold(classes, cams, background), num_classes, **crf)
-    label = np.full(high.shape, data.VOID, np.uint8)
-    label[(high == 0) & (low == 0)] = 0
-    label[high > 0] = high[high > 0]
-    return label
+    high = crf_from_labels(photo, hard_threshold(classes, cams, foreground), num_classes, **crf)
+    low = crf_from_labels(photo, hard_threshold(classes, cams, background), num_classes, **crf)
+    return np.where(high > 0, high, np.where(low > 0, VOID, 0)).astype(np.uint8)
 
 
-def _write_affinity_label(photo_path, seed_path, path, num_classes, foreground, background):
-    photo = np.array(data.read_image(photo_path))
-    classes, cams = seeds.read_seeds(seed_path)
-    _require_size(seed_path, cams, photo)
-    data.write_mask(path, affinity_label(classes, cams, photo, num_classes, foreground, background, CRF_LABELS))
+def item_with_seeds(dataset, out, ids):
+    """What `labels` and `walk` read of a photo: its file's name, pixels, classes, and seeds of its size."""
+    require([out / "cams" / f"{name}.npz" for name in ids], "seeds", ': run "make cams"')
+
+    def item(name, photo):
+        path = out / "cams" / f"{name}.npz"
+        classes, cams = read_seeds(path)
+        if cams.shape[1:] != photo.size[::-1]:
+            raise InputError(f'{path} is of a photo of another size: delete it and run "make cams"')
+        return f"{name}.png", np.array(photo), classes, cams
+    return item
 
 
-def _require_size(path, cams, photo):
-    if cams.shape[1:] != photo.shape[:2]:
-        raise stage.InputError(f'{path} is of a photo of another size: delete it and run "make cams"')
-
-
-def _require_seeds(ids, args):
-    data.require([args.out / "cams" / f"{name}.npz" for name in ids], "seeds", ': run "make cams"')
+def write_affinity_label(path, photo, classes, cams, num_classes, foreground, background):
+    write_mask(path, affinity_label(classes, cams, photo, num_classes, foreground, background, CRF_LABELS))
 
 
 def labels(args):
     """Affinity labels of train_aug from the seeds at two thresholds -> OUT/affinity_labels/ID.png"""
     if args.foreground < args.background:
         raise FlagError(f"--foreground {args.foreground} is below --background {args.background}")
-    dataset = data.DataSet(args.data)
+    dataset = DataSet(args.data)
     ids = dataset.ids("train_aug")
-    run = stage.Stage(args, "affinity_labels", reads=("cams",), data=dataset.digest, ignore=("seed", "precision"))
-    todo = run.todo(ids, ".png")
-    if run.is_done(todo):
-        return
-    _require_seeds(ids, args)
-    todo = engine.share(run, todo)
-    jobs = ((dataset.image(name), args.out / "cams" / f"{name}.npz", run.folder / f"{name}.png", dataset.num_classes,
-             args.foreground, args.background) for name in todo)
-    for _ in engine.in_processes(_write_affinity_label, jobs, args.workers, len(todo), "affinity labels"):
-        pass
-    engine.finish(run)
+
+    def work(run, todo):
+        def compute(file, *found):
+            yield run.folder / file, *found, dataset.num_classes, args.foreground, args.background
+
+        item = item_with_seeds(dataset, args.out, ids)
+        for_each_photo(run, dataset.image, todo, item, compute, write_affinity_label, args.device, args.workers)
+
+    run_stage(args, "affinity_labels", work, dataset, reads=("cams",), ids=ids, ignore=("seed", "precision"))
 
 
 # ---------------------------------------------------------------- AffinityNet
@@ -223,10 +214,8 @@ class AffinityNet(nn.Module):
 
     def __init__(self, backbone, frozen=True):
         super().__init__()
-        self.backbone = backbone
-        self.frozen = frozen
-        scale = backbone.channels[0] / 512
-        widths = [round(n * scale) for n in (64, 128, 256)]
+        self.backbone, self.frozen = backbone, frozen
+        widths = [round(n * backbone.channels[0] / 512) for n in (64, 128, 256)]
         for name, inputs, outputs in zip(("f8_3", "f8_4", "f8_5"), backbone.channels, widths):
             self.add_module(name, nn.Conv2d(inputs, outputs, 1, bias=False))
             nn.init.kaiming_normal_(self.get_submodule(name).weight)
@@ -255,40 +244,46 @@ def augment_pair(crop):
     PIL photo, tv_tensors.Mask (H, W)  ->  float32 (3, crop, crop), Mask (crop, crop)
     """
     return v2.Compose([v2.ColorJitter(0.3, 0.3, 0.3, 0.1), v2.RandomCrop(crop, pad_if_needed=True, fill=0),
-                       v2.RandomHorizontalFlip(), data.to_tensor()])
+                       v2.RandomHorizontalFlip(), to_tensor()])
 
 
-def train(args):
-    """Train AffinityNet on the affinity labels -> OUT/affinitynet.pth"""
-    if args.crop % STRIDE:
-        raise FlagError(f"--crop {args.crop} is no multiple of {STRIDE}")
-    dataset = data.DataSet(args.data)
-    ids = dataset.ids("train_aug")
-    folder, prepare = args.out / "affinity_labels", augment_pair(args.crop)
-
-    def item(name, photo):
-        label = data.read_mask(folder / f"{name}.png", dataset.num_classes, photo.size[::-1])
-        photo, label = prepare(photo, tv_tensors.Mask(label))
-        return photo, label.as_subclass(torch.Tensor)[::STRIDE, ::STRIDE]
-
-    batches = data.Batches(data.Images(dataset.image, ids, item), args)
-    run = stage.Stage(args, "affinitynet", reads=("affinity_labels",), data=dataset.digest, fits=FITS)
-    if run.is_done():
-        return
-    data.require_labels(dataset, ids, folder, "affinity labels", 'run "make psa"')
-    net, network = start_network(lambda backbone: AffinityNet(backbone, frozen=not args.from_scratch), args)
-    run.start()
-    radius = radius_for(args.crop // STRIDE, args.crop // STRIDE)
-
-    def loss_of(part, labels):
+def loss_of_pairs(radius):
+    """`affinity_loss` as `fit` wants it: of the pairs of a micro-batch, over the counts of the whole batch."""
+    def loss_of(net, part, labels):
         kinds = kinds_of(part[1], radius)
         counts = [kind.sum() for kind in (kinds if len(labels) == len(part[1]) else kinds_of(labels, radius))]
         return affinity_loss(affinities(net(part[0]), radius), kinds, counts), {}
+    return loss_of
 
-    optimizer = make_optimizer(net, args, ("f8", "f9"), args.momentum)
-    engine.fit(run, net, optimizer, batches, loss_of, args.epochs * batches.per_epoch, network,
-               schedule=lambda done: (1 - done) ** 0.9)
-    engine.finish(run)
+
+def falling_rate(done):
+    """Factor on the learning rate after this share of the steps (PSA)."""
+    return (1 - done) ** 0.9
+
+
+def train(args):
+    """Train AffinityNet on the affinity labels -> OUT/affinitynet/model.pth"""
+    if args.crop % STRIDE or args.crop < 3 * STRIDE:
+        raise FlagError(f"--crop {args.crop} is not a multiple of {STRIDE}, or has no two places to compare")
+    radius = radius_for(args.crop // STRIDE, args.crop // STRIDE)
+    dataset = DataSet(args.data)
+    ids, folder, prepare = dataset.ids("train_aug"), args.out / "affinity_labels", augment_pair(args.crop)
+
+    def item(name, photo):
+        label = read_mask(folder / f"{name}.png", dataset.num_classes, photo.size[::-1])
+        photo, label = prepare(photo, tv_tensors.Mask(label))
+        return photo, label.as_subclass(torch.Tensor)[::STRIDE, ::STRIDE]
+
+    batches = Batches(Images(dataset.image, ids, item), args.batch_size, args.seed, args.device, args.workers)
+
+    def work(run):
+        require_labels(dataset, ids, folder, "affinity labels", 'run "make psa"')
+        net, network = start_network(lambda backbone: AffinityNet(backbone, frozen=not args.from_scratch), args)
+        optimizer = make_optimizer(net, NEW, args.lr, args.weight_decay, args.momentum, args.optimizer)
+        fit(run, net, optimizer, batches, loss_of_pairs(radius), args.epochs * batches.per_epoch, network,
+            schedule=falling_rate, amp=args.amp, micro_batch=args.micro_batch)
+
+    run_stage(args, "affinitynet", work, dataset, reads=("affinity_labels",), hints=FITS)
 
 
 # ---------------------------------------------------------------- random walk
@@ -319,66 +314,35 @@ def pseudo_label(scores, classes, photo, num_classes):
     return crf_from_labels(padded, label, num_classes, **CRF_LABELS)[:H, :W]
 
 
-def _write_pseudo_label(scores, classes, photo_path, path, num_classes):
-    photo = np.array(data.read_image(photo_path))
-    data.write_mask(path, pseudo_label(torch.from_numpy(scores), classes, photo, num_classes))
-
-
-def load_affinitynet(path, device):
-    """OUT/affinitynet.pth -> the network"""
-    state, network = engine.read_trained(path)
-    net = AffinityNet(make_backbone(**network))
-    engine.load_weights(net, state, path)
-    return place(net, device).eval()
+def write_pseudo_label(path, photo, scores, classes, num_classes):
+    write_mask(path, pseudo_label(torch.from_numpy(scores), classes, photo, num_classes))
 
 
 def walk(args):
     """Random walk of the seeds, CRF -> OUT/pseudo_labels/ID.png"""
-    dataset = data.DataSet(args.data)
+    dataset = DataSet(args.data)
     ids = dataset.ids_of_seeds()
-    run = stage.Stage(args, "pseudo_labels", reads=("cams", "affinitynet"), data=dataset.digest, ignore=("seed",))
-    todo = run.todo(ids, ".png")
-    if run.is_done(todo):
-        return
-    _require_seeds(ids, args)
-    net, tensor = load_affinitynet(args.out / "affinitynet.pth", args.device), data.to_tensor()
-    todo = engine.share(run, todo)
 
-    def item(name, photo):
-        path = args.out / "cams" / f"{name}.npz"
-        classes, cams = seeds.read_seeds(path)
-        _require_size(path, cams, np.asarray(photo))
-        return name, tensor(photo), classes, cams
+    def work(run, todo):
+        net = load_network(args.out, "affinitynet", lambda backbone, state: AffinityNet(backbone), args.device)
+        normalised, item = to_tensor(), item_with_seeds(dataset, args.out, ids)
 
-    def jobs():
-        for name, photo, classes, cams in data.loader(data.Images(dataset.image, todo, item), args, batch_size=None):
-            with engine.autocast(args.device, args.amp):
-                scores = walk_scores(net, photo.to(args.device), torch.as_tensor(cams).to(args.device),
+        def compute(file, photo, classes, cams):
+            with autocast(args.device, args.amp):
+                scores = walk_scores(net, normalised(photo).to(args.device), torch.from_numpy(cams).to(args.device),
                                      args.background_score, args.beta, 2 ** args.log_steps)
-            yield (scores.cpu().numpy(), np.asarray(classes), dataset.image(name), run.folder / f"{name}.png",
-                   dataset.num_classes)
+            yield run.folder / file, photo, scores.cpu().numpy(), classes, dataset.num_classes
 
-    for _ in engine.in_processes(_write_pseudo_label, jobs(), args.workers, len(todo), "pseudo labels"):
-        pass
-    engine.finish(run)
+        for_each_photo(run, dataset.image, todo, item, compute, write_pseudo_label, args.device, args.workers)
+
+    run_stage(args, "pseudo_labels", work, dataset, reads=("cams", "affinitynet"), ids=ids, ignore=("seed",))
 
 
 def main():
-    commands = Commands(__doc__, PRESETS)
-    parser = commands.add(labels, "affinity labels from seeds", card=False)
-    parser.add_argument("--foreground", type=real(0, 1), default=0.60, help="seed threshold of sure foreground")
-    parser.add_argument("--background", type=real(0, 1), default=0.25, help="seed threshold of sure background")
-    parser = commands.add(train, "train AffinityNet")
-    add_network_flags(parser)
-    parser.add_argument("--epochs", type=whole(0), default=8, help="passes over train_aug")
-    parser.add_argument("--batch-size", type=whole(1, 4096), default=8, help="crops a step")
-    parser.add_argument("--lr", type=above(0), default=0.01, help="of SGD; falls as (1 - i/max)^0.9")
-    parser.add_argument("--momentum", type=real(0, 1), default=5e-4,
-                        help="the published code passes the weight decay here")
-    parser = commands.add(walk, "random walk: seeds to pseudo labels")
-    parser.add_argument("--background-score", type=real(0, 1), default=0.42, help="constant map of background")
-    parser.add_argument("--beta", type=above(0), default=14, help="power of the affinities (PSA: 8)")
-    parser.add_argument("--log-steps", type=whole(0, 20), default=7, help="the walk has 2^n steps (PSA: 8)")
+    commands = Commands(__doc__, "psa")
+    commands.add(labels, "affinity labels from seeds", computes=False)
+    commands.add(train, "train AffinityNet")
+    commands.add(walk, "random walk: seeds to pseudo labels")
     commands.run()
 
 

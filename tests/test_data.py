@@ -1,5 +1,5 @@
-"""Data sets, photos, masks, files of seeds, and what `evaluate` counts faster than the plain metrics."""
-import shutil
+"""Data sets, photos, masks, how they contradict each other, files of seeds, and what `evaluate` counts faster."""
+import re
 
 import numpy as np
 import pytest
@@ -8,16 +8,15 @@ from conftest import make_set
 from PIL import Image
 from torchvision.transforms import v2
 
-import data
-import evaluate
-import seeds
-import stage
-from stage import InputError
+from wsss import seeds
+from wsss.data import DataSet, classes_in, contradictions, find_photos, require_labels
+from wsss.images import VOID, palette, read_image, read_mask, write_mask
+from wsss.stage import InputError
 
 
 @pytest.mark.parametrize("lines", ["a\nb\n", "a\r\nb", "/JPEGImages/a.jpg /Masks/a.png\n/JPEGImages/b.jpg /x/b.png\n"])
 def test_lists_are_read_in_both_forms_and_with_any_line_end(tmp_path, lines):
-    dataset = data.DataSet(make_set(tmp_path))
+    dataset = DataSet(make_set(tmp_path))
     (tmp_path / "ImageSets/Segmentation/train_aug.txt").unlink()
     (tmp_path / "ImageSets/Segmentation/trainaug.txt").write_bytes(lines.encode())
     assert dataset.ids("train_aug") == ["a", "b"]
@@ -30,7 +29,7 @@ def test_labels_come_from_the_text_file_or_else_from_object_names(tmp_path):
     part = "<part><name>head</name></part>"
     objects = "".join(f"<object><name>{name}</name>{part}</object>" for name in ("dog", "dog"))
     (tmp_path / "Annotations/b.xml").write_text(f"<annotation>{objects}</annotation>")
-    assert data.DataSet(tmp_path).labels(["a", "b"]).tolist() == [[1, 1], [0, 1]]
+    assert DataSet(tmp_path).labels(["a", "b"]).tolist() == [[1, 1], [0, 1]]
 
 
 def test_a_folder_of_photos_with_labels_is_a_data_set(tmp_path):
@@ -38,7 +37,7 @@ def test_a_folder_of_photos_with_labels_is_a_data_set(tmp_path):
     for name in ("a.JPG", "far/b.jpeg", "far/away/c.PNG", "d.webp"):
         Image.new("RGB", (5, 4)).save(tmp_path / name)
     (tmp_path / "labels.txt").write_text("a.JPG plum\r\nfar/b apple plum\n\nfar/away/c.PNG apple\nd")
-    dataset = data.DataSet(tmp_path)
+    dataset = DataSet(tmp_path)
     assert dataset.classes == ["apple", "plum"] and dataset.num_classes == 3
     assert dataset.ids("train_aug") == ["a", "far/b", "far/away/c", "d"] and dataset.ids("val", required=False) == []
     assert dataset.ids("train") == dataset.ids("train_aug")
@@ -46,13 +45,87 @@ def test_a_folder_of_photos_with_labels_is_a_data_set(tmp_path):
     assert dataset.labels(["a", "far/b", "d"]).tolist() == [[0, 1], [1, 1], [0, 0]]
     Image.new("RGB", (5, 4)).save(tmp_path / "far/b.png")
     with pytest.raises(InputError, match="two photos have the id far/b"):
-        data.DataSet(tmp_path).photo_of
+        DataSet(tmp_path).photo_of
 
 
-def test_classes_default_to_vocs(tmp_path):
-    (make_set(tmp_path) / "classes.txt").unlink()
-    dataset = data.DataSet(tmp_path)
-    assert dataset.num_classes == 21 and dataset.labels(["a"])[0, 7] == 1
+@pytest.mark.parametrize("photos, line, says", [
+    ("cat.jpg", "cat (1).jpg cat", "line 2 .'cat .1..jpg cat'. names the class '.1..jpg'"),
+    ("a.jpg", "a.jpg rabbit, bear", "line 2 .'a.jpg rabbit, bear'. names the class 'rabbit,'"),
+    ("a.jpg", "a.jpg,cat", "line 2 .'a.jpg,cat'.: there is no photo a.jpg,cat"),
+    ("x.jpg", "x.png cat", "line 2 .'x.png cat'. names x.png, but the photo is x.jpg"),
+    ("x.jpg", "../x cat", "line 2 .'../x cat'. has the id '../x', which would lead out"),
+    ("cat (1).jpg", "cat (1).jpg\tcat", ["cat (1)"]), ("x.jpg.jpg", "x.jpg.jpg cat", ["x.jpg"]),
+    ("x.jpg.jpg", "x.jpg cat", ["x.jpg"]), ("x.bmp", "x.bmp cat", ["x"]), ("x.TIF", "x cat", ["x"])])
+@pytest.mark.parametrize("is_voc", [False, True])
+def test_a_line_is_read_as_what_it_says_or_refused(tmp_path, is_voc, photos, line, says):
+    root = make_set(tmp_path / "voc", ids=()) if is_voc else tmp_path
+    folder = root / "JPEGImages" if is_voc else root
+    Image.new("RGB", (5, 4)).save(folder / photos)
+    (root / "labels.txt").write_text(f"\n{line}\n")
+    if is_voc:
+        text, blank, _ = line.partition("\t" if "\t" in line else " ")
+        (root / "ImageSets/Segmentation/train_aug.txt").write_text(text + blank)
+    if isinstance(says, str):
+        with pytest.raises(InputError, match=f"labels.txt, {says}"):
+            DataSet(root).ids("train_aug")
+    else:
+        dataset = DataSet(root)
+        assert dataset.ids("train_aug") == says and dataset.names(says[0]) == ["cat"]
+        assert dataset.image(says[0]) == folder / photos and read_image(dataset.image(says[0])).size == (5, 4)
+
+
+@pytest.mark.parametrize("line, says", [
+    ("a (1)", "put a tab behind an id that has a blank"), ("a.png", "names a.png, but the photo is a.jpg"),
+    ("a,b", "lacks 1 of 2 photos, first a,b.jpg: .*train_aug.txt, line 2 .'a,b'.$")])
+def test_a_line_of_a_list_is_refused_with_its_number(tmp_path, line, says):
+    (make_set(tmp_path) / "ImageSets/Segmentation/train_aug.txt").write_text(f"b\n{line}\n")
+    with pytest.raises(InputError, match=says):
+        DataSet(tmp_path).ids("train_aug")
+
+
+@pytest.mark.parametrize("name", ["background", "_background_", "BG", "__ignore__", "void", "unlabeled"])
+def test_background_and_void_are_refused_as_classes(tmp_path, name):
+    (make_set(tmp_path) / "classes.txt").write_text(f"{name}\ncat\ndog\n")
+    with pytest.raises(InputError, match=f"classes.txt names the class '{name}': background is class 0 already"):
+        DataSet(tmp_path)
+
+
+def test_what_a_file_browser_leaves_and_masks_are_not_photos(tmp_path):
+    for name in ("a.jpg", "._a.jpg", "SegmentationClass/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (5, 4)).save(tmp_path / name)
+    for name in ("Thumbs.db", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "labels.txt").write_text("a cat\n")
+    assert list(DataSet(tmp_path).photo_of) == ["a"]
+    assert len(find_photos(tmp_path)) == 2 and len(find_photos(tmp_path, leave_out=tmp_path / "SegmentationClass")) == 1
+
+
+def test_photos_of_val_that_are_trained_on_are_found(tmp_path):
+    (make_set(tmp_path, "abc") / "ImageSets/Segmentation/train.txt").write_text("c\n")
+    (tmp_path / "ImageSets/Segmentation/train_aug.txt").write_text("a\n")
+    assert DataSet(tmp_path).trained_on(["b", "a", "c"]) == ["a", "c"]
+
+
+@pytest.mark.parametrize("labels, masks, says", [
+    ("cat cat dog", [[1], [1], [2]], []), ("cat cat dog", [[1, 2], [0], [2]], []),  # one that differs is normal
+    ("cat cat dog", [[VOID], [0, VOID], [0]], ["none of 3 masks shows a class: they hold 0 .* alone"]),
+    ("- - -", [[VOID], [0], [0]], []), ("cat cat -", [[1], [1], [2]], []),
+    ("cat cat dog", [[1], [1], [1]], ["dog: labelled in 1 photos, in none of the masks"]),
+    ("cat cat dog", [[1, 2], [1], [1]], ["dog: labelled in 1 photos, only in masks of photos without that label"]),
+    ("cat cat cat", [[2], [1], [2]], ["2 of 3 masks show none of their photo's labels, first a"]),
+    ("? ? ?", [[VOID], [0], [0]], ["none of 3 masks shows a class"]), ("? cat ?", [[2], [1], [2]], [])])
+def test_masks_that_contradict_the_labels_are_told(tmp_path, labels, masks, says):
+    make_set(tmp_path, "abc")  # of "?" nothing is known, "-" has no label
+    lines = (f"{name} {label.strip('-')}\n" for name, label in zip("abc", labels.split()) if label != "?")
+    (tmp_path / "labels.txt").write_text("".join(lines))
+    dataset = DataSet(tmp_path)
+    for name, values in zip("abc", masks):
+        write_mask(dataset.mask(name), np.array([values], np.uint8))
+    found = contradictions(dataset, list("abc"), [classes_in(dataset.mask(name), 3) for name in "abc"])
+    assert len(found) == len(says)
+    for line, start in zip(found, says):
+        assert re.match(start, line), line
 
 
 # ---------------------------------------------------------------- photos and masks
@@ -62,85 +135,63 @@ def test_photos_are_turned_as_exif_says_and_16_bits_scaled(tmp_path):
     exif = photo.getexif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     photo.save(tmp_path / "turned.jpg", exif=exif)
-    assert data.read_image(tmp_path / "turned.jpg").size == (4, 6)
+    assert read_image(tmp_path / "turned.jpg").size == (4, 6)
     Image.fromarray(np.array([[0, 256, 65535]], np.uint16)).save(tmp_path / "deep.png")
-    assert np.array(data.read_image(tmp_path / "deep.png"))[0].tolist() == [[0] * 3, [1] * 3, [255] * 3]
+    assert np.array(read_image(tmp_path / "deep.png"))[0].tolist() == [[0] * 3, [1] * 3, [255] * 3]
 
 
 def test_labels_of_another_size_are_told_by_their_headers_and_turned_photos_by_their_turn(tmp_path):
-    dataset = data.DataSet(make_set(tmp_path, "abc", size=(20, 30)))
+    dataset = DataSet(make_set(tmp_path, "abc", size=(20, 30)))
     sideways, exif = Image.new("RGB", (30, 20)), Image.Exif()
     exif[0x0112] = 8
     sideways.save(dataset.image("c"), exif=exif)
     for name in "abc":
-        data.write_mask(tmp_path / f"{name}.png", np.zeros((30, 20)))
+        write_mask(tmp_path / f"{name}.png", np.zeros((30, 20)))
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-20])  # the header is enough
-    data.require_labels(dataset, list("abc"), tmp_path, "labels")
-    data.write_mask(tmp_path / "b.png", np.zeros((9, 8)))
-    data.write_mask(tmp_path / "c.png", np.zeros((20, 30)))
-    says = "b.png is 8x9, its photo 20x30, the first of 2 labels of another size than their photos"
-    with pytest.raises(InputError, match=f"{says}$"):
-        data.require_labels(dataset, list("abc"), tmp_path, "labels")
-    with pytest.raises(InputError, match=f"{says}: delete them and do it again$"):
-        data.require_labels(dataset, list("abc"), tmp_path, "labels", "do it again")
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "LA", "1"])
-def test_photos_of_every_mode_load_as_rgb(tmp_path, mode):
-    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    Image.new("RGB", (4, 3), (255, 255, 255)).convert(mode).save(path)
-    image = data.read_image(path)
-    assert image.mode == "RGB" and np.array(image).shape == (3, 4, 3) and np.array(image).min() > 250
+    require_labels(dataset, list("abc"), tmp_path, "labels")
+    write_mask(tmp_path / "b.png", np.zeros((9, 8)))
+    write_mask(tmp_path / "c.png", np.zeros((20, 30)))
+    says = "b.png is 8x9, its photo 20x30, the first of 2 labels of another size than their photos: delete them and do"
+    with pytest.raises(InputError, match=says):
+        require_labels(dataset, list("abc"), tmp_path, "labels", "do it again")
+    with pytest.raises(InputError, match="c.png is 30x20, its photo 20x30: sides swapped, .* EXIF"):
+        require_labels(dataset, ["c"], tmp_path, "labels")
 
 
 def test_masks_in_vocs_colours_or_16_bits_become_indices(tmp_path, capsys):
     mask = np.array([[0, 1, 255], [20, 3, 0]], np.uint8)
-    Image.fromarray(data.palette()[mask]).save(tmp_path / "colours.png")
+    Image.fromarray(palette()[mask]).save(tmp_path / "colours.png")
     Image.fromarray(mask.astype(np.uint16)).save(tmp_path / "deep.png")
     for name in ("colours.png", "deep.png", "colours.png"):
-        assert (data.read_mask(tmp_path / name) == mask).all()
+        assert (read_mask(tmp_path / name) == mask).all()
     assert capsys.readouterr().out.count("read as PASCAL VOC's palette") == 1
     Image.new("RGB", (2, 2), (1, 2, 3)).save(tmp_path / "other.png")
     Image.fromarray(np.full((2, 2), 300, np.uint16)).save(tmp_path / "high.png")
-    for name, says in (("other.png", "colours that are not"), ("high.png", "is no index PNG")):
+    Image.fromarray(mask > 0).save(tmp_path / "bits.png")
+    for name, says in (("other.png", "colours that are not"), ("high.png", "is not an index PNG"),
+                       ("bits.png", "has one bit a pixel")):
         with pytest.raises(InputError, match=says):
-            data.read_mask(tmp_path / name)
+            read_mask(tmp_path / name)
 
 
-def test_a_mask_comes_back_from_its_file(tmp_path):
-    mask = np.array([[0, 1, 255], [20, 3, 0]], np.uint8)
-    data.write_mask(tmp_path / "new/x.png", mask)
-    assert (data.read_mask(tmp_path / "new/x.png", 21, (2, 3)) == mask).all()
-    assert Image.open(tmp_path / "new/x.png").getpalette()[3:6] == [128, 0, 0]  # VOC's colour of class 1
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.png"]
-    with pytest.raises(InputError, match="x.png has value 20, but there are 5 classes"):
-        data.read_mask(tmp_path / "new/x.png", 5)
-    with pytest.raises(InputError, match="x.png is 3x2, its photo 2x3"):
-        data.read_mask(tmp_path / "new/x.png", 21, (3, 2))
+GREEN, MAROON = [0, 128, 0], [128, 0, 0]  # VOC's 2 and 1
 
 
-def test_palette_is_pascal_vocs():
-    found = data.palette()[[0, 1, 2, 15, 255]].tolist()
-    assert found == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [224, 224, 192]]
-
-
-def test_an_overlay_colours_the_classes_and_neither_background_nor_void():
-    photo = torch.full((3, 2, 2), 100, dtype=torch.uint8)
-    found = data.overlay(photo, np.array([[0, 1], [255, 2]], np.uint8), strength=1.0)
-    assert found.permute(1, 2, 0).tolist() == [[[100] * 3, [128, 0, 0]], [[100] * 3, [0, 128, 0]]]
-    assert (data.overlay(photo, np.zeros((2, 2), np.uint8)) == photo).all()
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    (tmp_path / "x").write_text("old")
-    with pytest.raises(ZeroDivisionError):
-        stage.write(tmp_path / "x", lambda file: file.write(b"new") / 0)
-    assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_long_side_is_resized_within_its_range():
-    sizes = {data.random_long_side(Image.new("RGB", (200, 100)), 32, 64).size for _ in range(50)}
-    assert all(32 <= w <= 64 and abs(h - w / 2) <= 0.5 for w, h in sizes) and len(sizes) > 10
+@pytest.mark.parametrize("colours, wrong", [
+    ([[0, 0, 0], GREEN, MAROON], "index 1 has the colour of index 2 in PASCAL VOC's palette: save it without"),
+    ([MAROON, [0, 0, 0], GREEN], "index 0 has the colour of index 1"),
+    ([[0, 0, 0], MAROON, GREEN], None), ([[0, 0, 0], [64, 64, 64], [128, 128, 128]], None),
+    ([[0, 0, 0], GREEN, [1, 2, 3]], None), ([[0, 0, 0], MAROON, [0, 0, 0]], None)])
+def test_a_palette_that_was_renumbered_is_refused_and_any_other_stays(tmp_path, colours, wrong):
+    values = np.array([[0, 1, 2]], np.uint8)
+    mask = Image.fromarray(values)
+    mask.putpalette(np.array(colours, np.uint8).tobytes())
+    mask.save(tmp_path / "x.png")
+    if wrong:
+        with pytest.raises(InputError, match=f"x.png was renumbered: {wrong}"):
+            read_mask(tmp_path / "x.png")
+    else:
+        assert (read_mask(tmp_path / "x.png") == values).all()
 
 
 # ---------------------------------------------------------------- seeds and their scores
@@ -148,7 +199,7 @@ def test_long_side_is_resized_within_its_range():
 def test_seeds_come_back_as_the_sum_of_resized_scales(tmp_path):
     torch.manual_seed(0)
     maps = [torch.randn(2, side, side) for side in (3, 6, 9)]
-    seeds.write_seeds(tmp_path / "x.npz", [1, 4], (31, 45), refined=[scale.numpy() for scale in maps])
+    seeds.write_seeds(tmp_path / "x.npz", [1, 4], (31, 45), {"refined": [scale.numpy() for scale in maps]})
     classes, cams = seeds.read_seeds(tmp_path / "x.npz")
     full = sum(v2.functional.resize(scale, [31, 45], v2.InterpolationMode.BILINEAR, antialias=False) for scale in maps)
     assert classes.tolist() == [1, 4]
@@ -161,49 +212,6 @@ def test_eigen_seeds_go_to_the_class_whose_plain_cam_is_largest(tmp_path):
     plain = np.zeros((2, 2, 2), np.float32)
     plain[0, :, 0], plain[1, :, 1] = 1, 1  # the first class on the left, the second on the right
     eigen = np.array([[[0, 1], [2, 3]]], np.float32)
-    seeds.write_seeds(tmp_path / "x.npz", [1, 4], (2, 2), plain=[plain], eigen=[eigen])
+    seeds.write_seeds(tmp_path / "x.npz", [1, 4], (2, 2), {"plain": [plain], "eigen": [eigen]})
     _, cams = seeds.read_seeds(tmp_path / "x.npz", "eigen")
     np.testing.assert_allclose(cams, np.array([[[0, 0], [2, 0]], [[0, 1], [0, 3]]]) / 3, atol=1e-4)
-
-
-def test_a_photo_without_labels_has_seeds_of_background_only(tmp_path):
-    none = np.zeros((0, 2, 2), np.float32)
-    seeds.write_seeds(tmp_path / "x.npz", np.zeros(0, np.int64), (8, 9), refined=[none])
-    classes, cams = seeds.read_seeds(tmp_path / "x.npz")
-    assert (seeds.hard_threshold(classes, cams, 0.3) == np.zeros((8, 9))).all()
-    counts = evaluate.confusion_over_thresholds(np.ones((8, 9), np.uint8), classes, cams, 3)
-    assert (counts[:, 1, 0] == 72).all() and (counts.sum((1, 2)) == 72).all()
-
-
-def test_sweep_equals_one_confusion_matrix_per_threshold():
-    r = np.random.RandomState(0)
-    classes = np.array([1, 3])
-    cams = (r.randint(0, 80, (2, 40, 50)) / np.float32(100)).astype(np.float32)  # many values exactly at a threshold
-    mask = r.choice([0, 1, 2, 3, data.VOID], (40, 50)).astype(np.uint8)
-    counts = evaluate.confusion_over_thresholds(mask, classes, cams, 5)
-    plain = [evaluate.confusion(mask, seeds.hard_threshold(classes, cams, t), 5) for t in evaluate.THRESHOLDS]
-    assert (counts == np.stack(plain)).all()
-    best = evaluate.best_threshold(counts)
-    assert best["miou"] == max(best["curve"]) == best["curve"][round(100 * best["best"])]
-    assert best["miou"] == pytest.approx(100 * np.nanmean(best["iou"]))
-
-
-def test_iou_equals_a_plain_loop():
-    r = np.random.RandomState(0)
-    mask = r.choice([0, 1, 2, data.VOID], (30, 30)).astype(np.uint8)
-    prediction = r.choice([0, 2, 3], (30, 30)).astype(np.uint8)
-    found = evaluate.iou(evaluate.confusion(mask, prediction, 6))
-    for c in range(6):
-        seen = mask != data.VOID
-        both = ((mask == c) & (prediction == c) & seen).sum()
-        union = (((mask == c) | (prediction == c)) & seen).sum()
-        assert np.isnan(found[c]) if union == 0 else found[c] == both / union
-
-
-def test_a_data_set_is_known_by_the_list_that_is_trained_on(toy, tmp_path):
-    shutil.copytree(toy, tmp_path / "toy")
-    before = data.DataSet(tmp_path / "toy")
-    path = before.list_file("train")
-    path.write_text("\n".join(before.ids("train")[1:]))
-    after = data.DataSet(tmp_path / "toy")
-    assert after.digest == before.digest and after.digest_of("train") != data.DataSet(toy).digest_of("train")

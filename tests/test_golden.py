@@ -1,72 +1,58 @@
-"""Equality with the authors' published code, in float32 on the CPU."""
-import argparse
+"""Equality with the published code on the CPU: forward passes, gradients, whole training loops."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import GOLDEN, drawn_image, largest_difference, rebuilt, run
+from conftest import GOLDEN, drawn_image, largest_difference, make_set, rebuilt, run
 from PIL import Image
+from torchvision.ops import StochasticDepth
 
 import bnr
-import data
-import engine
 import psa
-import resnet38
-import seeds
 import segment
-from conformer import Conformer, DropPath
-from crf import CRF_LABELS, crf_from_labels
-from stage import InputError
+from conformer import HEADS, Conformer
+from wsss import data, images, resnet38, seeds, training
+from wsss.crf import CRF_LABELS, CRF_SCORES, crf_from_labels, dense_crf
+from wsss.presets import defaults
+
+
+def published_conformer(arch):
+    """With the rebuilt weights; row 0 of the published heads, an unused background class, dropped."""
+    model = Conformer(arch, 20)
+    state = rebuilt(f"conformer_{arch}").items()
+    model.load_state_dict({name: value[1:] if name.startswith(HEADS) else value for name, value in state})
+    return model
+
+
+def published_affinitynet(dropout=1.0):
+    net, state = psa.AffinityNet(resnet38.ResNet38(dropout=dropout)), {}
+    for name, value in rebuilt("affinity").items():
+        state[name if name.startswith("f") else f"backbone.{name}"] = 1.3 * value if name.startswith("f") else value
+    net.load_state_dict(state)
+    return net
+
+
+def published_deeplab(dropout=1.0, scale=1):
+    net, state = segment.DeepLab(resnet38.ResNet38(dropout=dropout), 21, dropout=dropout), rebuilt("deeplab")
+    net.load_state_dict({**state, "cls_conv.weight": scale * state["cls_conv.weight"]})
+    return net
 
 
 @pytest.fixture(scope="module")
 def small():
-    """Conformer-S with the rebuilt weights; row 0 of the published heads, an unused background class, dropped."""
-    model = Conformer("small", 20).eval()
-    state = rebuilt("conformer_small").items()
-    model.load_state_dict({name: value[1:] if name.startswith(bnr.HEADS) else value for name, value in state})
-    return model
+    return published_conformer("small").eval()
 
+
+# ---------------------------------------------------------------- the classifier
 
 @pytest.mark.parametrize("arch", ["tiny", "base"])  # small: the fixture above loads all its names
 def test_conformer_has_the_published_names_and_shapes(arch):
     shapes = {k: list(v.shape) for k, v in Conformer(arch, 21).state_dict().items()}
     assert shapes == json.loads((GOLDEN / f"conformer_{arch}_keys.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def imagenet():
-    """What the ImageNet file of Conformer-Ti holds: the names of TransCAM's, but two linear heads of 1,000 classes."""
-    state = Conformer("tiny", 20).state_dict()
-    for head, width in (("trans_cls_head", 384), ("conv_cls_head", 256)):
-        state.update({f"{head}.weight": torch.zeros(1000, width), f"{head}.bias": torch.zeros(1000)})
-    return state
-
-
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state, "epoch": 3}])
-def test_an_imagenet_file_loads_but_for_its_heads_which_are_named(imagenet, tmp_path, capsys, wrap):
-    torch.save(wrap(imagenet), tmp_path / "Conformer_tiny_patch16.pth")
-    own = bnr.start_classifier("tiny", 20, tmp_path / "Conformer_tiny_patch16.pth").state_dict()
-    assert all(torch.equal(own[k], v) for k, v in imagenet.items() if not k.startswith(bnr.HEADS))
-    assert "fresh: trans_cls_head (2), conv_cls_head (2)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("damage, says", [
-    ("patch 32", r"trans_patch_conv.weight \(file \(384, 64, 8, 8\), network \(384, 64, 4, 4\)\): FILE fits"),
-    ("foreign", "w.pth is damaged, or holds more than tensors, and is not read: FILE fits"),
-    ("list", "w.pth holds a list, not named tensors: FILE fits"),
-    ("lacking", "w.pth does not fit: .*: FILE fits")])
-def test_a_wrong_file_is_named_with_the_one_that_fits(imagenet, tmp_path, damage, says):
-    damaged = {"patch 32": {**imagenet, "trans_patch_conv.weight": torch.zeros(384, 64, 8, 8)}, "list": [1, 2],
-               "lacking": {name: value for name, value in imagenet.items() if "trans_block" not in name},
-               "foreign": {"model": argparse.ArgumentParser}}
-    torch.save(damaged[damage], tmp_path / "w.pth")
-    with pytest.raises(InputError, match=says.replace("FILE", "Conformer_tiny_patch16.pth")) as raised:
-        bnr.start_classifier("tiny", 20, tmp_path / "w.pth")
-    assert "\n" not in str(raised.value)
 
 
 def test_conformer_has_the_published_constants():
@@ -81,45 +67,34 @@ def test_conformer_has_the_published_constants():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * module.kernel_size[0] ** 2
             assert abs(module.weight.std() / (2 / fan_out) ** 0.5 - 1) < 0.05, name
-    rates = [module.p for module in model.modules() if isinstance(module, DropPath)]
+    rates = [module.p for module in model.modules() if isinstance(module, StochasticDepth)]
     assert rates == pytest.approx(np.linspace(0, 0.1, 12).tolist())
 
 
 @pytest.mark.parametrize("case, n, side", [(0, 1, 224), (1, 2, 256)])
-@torch.no_grad()
-def test_maps_and_losses_equal_the_published(small, case, n, side):
-    golden = np.load(GOLDEN / "conformer_small.npz")
-    labels = torch.zeros(n, 20)
+def test_maps_losses_and_gradients_equal_the_published(small, case, n, side):
+    golden, of_gradients = np.load(GOLDEN / "conformer_small.npz"), np.load(GOLDEN / "bnr_small.npz")
+    labels, photos = torch.zeros(n, 20), drawn_image(case, n, side, side)
     labels[:, 2] = labels[-1, 14] = 1
-    images = drawn_image(case, n, side, side)
-    cam, z, qks = bnr.forward(small, images)
-    refined = bnr.attend(qks, cam)
+    with torch.no_grad():
+        cam, z, qks = bnr.forward(small, photos)
+        refined = bnr.attend(qks, cam)
     conv = golden[f"{case}_conv_logits"][:, 1:]
     assert largest_difference(cam.mean((2, 3)), conv) < 1e-4
     assert largest_difference(z, conv + golden[f"{case}_trans_logits"][:, 1:]) < 1e-4
     assert largest_difference(cam, golden[f"{case}_cam"][:, 1:]) < 1e-4
     assert largest_difference(refined, golden[f"{case}_refined"][:, 1:]) < 1e-4
-    noisy = bnr.attend(qks, refined) / len(qks)
-    logits = [z, *(maps.mean((2, 3)) for maps in (refined, noisy, 2 * noisy))]
-    losses = [bnr.soft_margin_loss(x, labels).item() for x in logits]
-    assert losses == pytest.approx(golden[f"{case}_losses"].tolist(), rel=1e-4)
-    expected = {("transcam", 1): 0, ("bnr", None): losses[1], ("bnr", 1): losses[2], ("bnr", 2): losses[3]}
-    for (loss, noise), noisy_loss in expected.items():
-        found, terms = bnr.losses(small, images, labels, loss, noise)
-        assert found.item() == pytest.approx(losses[0] + noisy_loss, rel=1e-6)
-        assert sum(terms.values()).item() == pytest.approx(found.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("case, n, side", [(0, 1, 224), (1, 2, 256)])
-def test_gradients_with_a_constant_noise_equal_the_authors(small, case, n, side):
-    golden = np.load(GOLDEN / "bnr_small.npz")
-    labels = torch.zeros(n, 20)
-    labels[:, 2] = labels[-1, 14] = 1
-    small.zero_grad()
-    loss, _ = bnr.losses(small, drawn_image(case, n, side, side), labels, "bnr", 1)
-    loss.backward()
-    assert loss.item() == pytest.approx(golden[f"{case}_loss"].item(), rel=1e-4)
-    for name, norm, first in zip(*(golden[f"{case}_grad_{what}"] for what in ("names", "norms", "first"))):
+    of_cls, *of_noise = golden[f"{case}_losses"].tolist()
+    expected = {("transcam", 1): of_cls}
+    expected.update({("bnr", noise): of_cls + part for noise, part in zip((None, 1, 2), of_noise)})
+    for (loss, noise), value in expected.items():
+        with torch.set_grad_enabled(noise == 1):
+            found, terms = bnr.losses(small, photos, labels, loss, noise)
+        assert found.item() == pytest.approx(value, rel=1e-4) == sum(terms.values()).item()
+        if (loss, noise) == ("bnr", 1):
+            small.zero_grad()
+            found.backward()
+    for name, norm, first in zip(*(of_gradients[f"{case}_grad_{what}"] for what in ("names", "norms", "first"))):
         gradient = small.get_parameter(str(name)).grad
         assert gradient.norm().item() == pytest.approx(norm, rel=1e-3), name
         assert np.abs(gradient.flatten()[:64].numpy() - first).max() < 5e-3 * np.abs(first).max(), name
@@ -127,19 +102,20 @@ def test_gradients_with_a_constant_noise_equal_the_authors(small, case, n, side)
 
 def test_exported_seeds_equal_the_published(tmp_path):
     golden = np.load(GOLDEN / "export.npz")
-    for folder in ("JPEGImages", "ImageSets/Segmentation"):
-        (tmp_path / folder).mkdir(parents=True)
+    make_set(tmp_path, ["x"])
+    (tmp_path / "classes.txt").unlink()  # VOC's 20
     Image.fromarray(golden["0_image"]).save(tmp_path / "JPEGImages/x.jpg", format="PNG")  # lossless; read by content
-    (tmp_path / "ImageSets/Segmentation/train_aug.txt").write_text("x\n")
     (tmp_path / "labels.txt").write_text(" ".join(["x"] + [data.VOC_CLASSES[k] for k in golden["0_keys"]]))
     torch.save(rebuilt("conformer_small"), tmp_path / "transcam.pth")  # with the background row of the published heads
     assert golden["sizes"].tolist() == [128, 256, 384]
     flags = ("--data", tmp_path, "--out", tmp_path / "out", "--device", "cpu", "--crop", 256)
-    run("bnr.py", "cams", *flags, "--weights", tmp_path / "transcam.pth")
+    run("bnr", "cams", *flags, "--weights", tmp_path / "transcam.pth")
     classes, cams = seeds.read_seeds(tmp_path / "out/cams/x.npz")
     assert classes.tolist() == (golden["0_keys"] + 1).tolist()
     assert np.abs(cams - golden["0_cam"]).max() < 1e-3
 
+
+# ---------------------------------------------------------------- PSA and the segmenter
 
 @pytest.fixture(scope="module")
 def published():
@@ -158,15 +134,7 @@ def test_label_map_and_its_crf_equal_the_published(published, threshold):
 
 def test_random_walk_equals_the_published(published):
     golden, photo, classes, cams = published
-    net = psa.AffinityNet(resnet38.ResNet38()).eval()
-    state = {}
-    for name, value in rebuilt("affinity").items():
-        if name.startswith("f"):
-            state[name] = 1.3 * value
-        else:
-            state[f"backbone.{name}"] = value
-    net.load_state_dict(state)
-    tensor = data.to_tensor()(Image.fromarray(photo))
+    net, tensor = published_affinitynet().eval(), images.to_tensor()(Image.fromarray(photo))
     scores = psa.walk_scores(net, tensor, torch.from_numpy(cams), background_score=0.42, beta=14, steps=2 ** 7)
     assert largest_difference(scores, golden["0_walk_low"]) < 1e-3
     height, width = photo.shape[:2]
@@ -176,11 +144,10 @@ def test_random_walk_equals_the_published(published):
     assert (psa.pseudo_label(scores, classes, photo, 21) == golden["0_walk_crf"]).mean() >= 0.995
 
 
+@torch.no_grad()
 def test_deeplab_logits_equal_the_published():
-    net = segment.DeepLab(resnet38.ResNet38(), 21).eval()
-    net.load_state_dict(rebuilt("deeplab"))
-    with torch.no_grad():
-        logits = F.interpolate(net(drawn_image(0, 1, 97, 129)), (97, 129), mode="bilinear", align_corners=True)
+    logits = published_deeplab().eval()(drawn_image(0, 1, 97, 129))
+    logits = F.interpolate(logits, (97, 129), mode="bilinear", align_corners=True)
     assert largest_difference(logits[:, :, ::4, ::4], np.load(GOLDEN / "deeplab.npz")["logits"]) < 1e-4
 
 
@@ -188,33 +155,85 @@ def test_deeplab_logits_equal_the_published():
 def test_photos_are_scaled_as_opencv_scales_them(factor):
     golden = np.load(GOLDEN / "scaling.npz")
     photo = torch.from_numpy(golden["photo"]).permute(2, 0, 1).float()
-    found = segment.scale(photo, factor).round().clamp(0, 255).permute(1, 2, 0).numpy()
+    found = images.scale_like_opencv(photo, factor).round().clamp(0, 255).permute(1, 2, 0).numpy()
     different = np.abs(found - golden[f"scaled_{factor}"])
     assert found.shape == different.shape and different.max() <= 1 and (different > 0).sum() <= 1
 
 
 def test_the_segmenters_test_equals_the_published():
-    golden = np.load(GOLDEN / "segment_test.npz")
-    net = segment.DeepLab(resnet38.ResNet38(), 21).eval()
-    state = rebuilt("deeplab")
-    net.load_state_dict({**state, "cls_conv.weight": 4 * state["cls_conv.weight"]})
-    photo = data.to_tensor()(Image.fromarray(golden["photo"]))
-    scores = segment.probabilities(net, [segment.scale(photo, x) for x in (0.5, 0.75, 1, 1.25, 1.5, 1.75)], (97, 129))
-    scores = scores.numpy()
+    golden, net = np.load(GOLDEN / "segment_test.npz"), published_deeplab(scale=4).eval()
+    photo = images.to_tensor()(Image.fromarray(golden["photo"]))
+    scaled = [images.scale_like_opencv(photo, factor) for factor in defaults("segment predict", "voc")["scales"]]
+    scores = segment.probabilities(net, scaled, (97, 129)).numpy()
     assert np.abs(scores[:, ::4, ::4] - golden["probabilities"]).max() < 1e-5
     assert (scores.argmax(0) == golden["argmax"]).mean() >= 0.9999
-    label = segment.dense_crf(golden["photo"], scores.clip(1e-5, 1), **segment.CRF_SCORES).argmax(0)
+    label = dense_crf(golden["photo"], scores.clip(1e-5, 1), **CRF_SCORES).argmax(0)
     assert (label == golden["label"]).mean() >= 0.9999
 
 
-@pytest.mark.parametrize("form", ["", "_v1", "_legacy"])
-def test_mxnet_file_gives_the_published_tensors(form):
-    expected = json.loads((GOLDEN / "resnet38_div64.json").read_text())
-    found = resnet38.read_resnet38(GOLDEN / f"resnet38_div64{form}.params")
-    assert found.keys() == expected.keys()
-    for name, (shape, total, absolute) in expected.items():
-        assert list(found[name].shape) == shape
-        values = found[name].double()
-        assert [values.sum().item(), values.abs().sum().item()] == pytest.approx([total, absolute], abs=1e-4)
-    net = resnet38.ResNet38(1)
-    engine.load_weights(net, found, "golden")
+# ---------------------------------------------------------------- training loops
+
+class Given:
+    """Three batches, as `fit` takes them."""
+
+    def __init__(self, batches):
+        self.batches, self.batch_size, self.per_epoch, self.seed = batches, len(batches[0][0]), 3, 0
+
+    def load(self, start, stop):
+        return self.batches[start:stop]
+
+    def names(self, step):
+        return ["drawn"]
+
+
+def drawn_masks(step, values):
+    values = np.random.RandomState(2100 + step).choice(values, (2, 12, 12))
+    return torch.from_numpy(np.kron(values, np.ones((1, 8, 8), np.int64)))
+
+
+def assert_trains_alike(monkeypatch, folder, loop, net, optimizer, batches, loss_of, steps, loss, norm, **schedule):
+    """The losses within `loss`, what three steps add to the weights within `norm`, both relative."""
+    golden = np.load(GOLDEN / "training.npz")
+    monkeypatch.setattr(training, "LOG_STEPS", 1)
+    run = SimpleNamespace(folder=folder, record={"id": "x"}, name=loop, what=loop, start=list, save=list)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    training.fit(run, net, optimizer, Given(batches), loss_of, steps, {}, **schedule)
+    found = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert found == pytest.approx(golden[f"{loop}_losses"].tolist(), rel=loss)
+    for name, expected in zip(golden[f"{loop}_names"], golden[f"{loop}_update_norms"]):
+        own = str(name) if name in before else f"backbone.{name}"
+        update = (net.state_dict()[own] - before[own]).norm().item()
+        assert update == pytest.approx(expected, rel=norm), name
+
+
+@pytest.mark.parametrize("loss", ["transcam", "bnr"])
+def test_the_classifier_trains_as_published(monkeypatch, tmp_path, loss):
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # float64 throughout
+    voc, model = defaults("bnr train", "voc"), published_conformer("tiny").double()
+    for module in model.modules():
+        if isinstance(module, StochasticDepth):
+            module.p = 0
+    labels = [np.random.RandomState(1100 + step).rand(4, 20) < 0.15 for step in range(3)]
+    batches = [[drawn_image(100 + n, 4, 96, 96).double(), torch.from_numpy(labels[n]).double()] for n in range(3)]
+    optimizer = bnr.make_optimizer(model, voc["lr"], voc["weight_decay"], voc["head_lr"], voc["transformer_lr"])
+    assert_trains_alike(monkeypatch, tmp_path, loss, model, optimizer, batches, bnr.loss_of_part(loss, voc["noise"]),
+                        steps=3, loss=1e-6, norm=1e-3)
+
+
+def test_affinitynet_trains_as_published(monkeypatch, tmp_path):
+    voc, net = defaults("psa train", "voc"), published_affinitynet(dropout=0)
+    masks = [drawn_masks(step, [0, 0, 8, 15, 255])[:, ::psa.STRIDE, ::psa.STRIDE] for step in range(3)]
+    batches = [[drawn_image(100 + step, 2, 96, 96), masks[step]] for step in range(3)]
+    optimizer = resnet38.make_optimizer(net, psa.NEW, voc["lr"], voc["weight_decay"], voc["momentum"])
+    assert_trains_alike(monkeypatch, tmp_path, "affinity", net, optimizer, batches, psa.loss_of_pairs(psa.RADIUS),
+                        steps=3, loss=1e-4, norm=1e-2, schedule=psa.falling_rate)
+
+
+def test_the_segmenter_trains_as_published(monkeypatch, tmp_path):
+    """In float64: in float32, as published, the number of threads moves the third loss by 1e-3, a norm by 1e-2."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    voc, net = defaults("segment train", "voc"), published_deeplab(dropout=0).double()
+    batches = [[drawn_image(100 + n, 2, 96, 96).double(), drawn_masks(n, [0, 3, 8, 255])] for n in range(3)]
+    optimizer = resnet38.make_optimizer(net, segment.NEW, voc["lr"], voc["weight_decay"], segment.MOMENTUM)
+    assert_trains_alike(monkeypatch, tmp_path, "segmenter", net, optimizer, batches, segment.loss_of_part,
+                        steps=3, loss=2e-3, norm=1e-2, schedule=segment.falling_rate(3))

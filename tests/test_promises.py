@@ -1,5 +1,7 @@
-"""A run knows what it is: no flag loses a result, nothing stale is shown as fresh, nothing damaged taken as done."""
-
+"""A run knows what it is: no flag loses a result, nothing stale is taken as fresh, nothing damaged as done."""
+import contextlib
+import fcntl
+import gc
 import json
 import os
 import re
@@ -13,475 +15,326 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run, run_process
-from small_run import MAKES, SMALL, STAGES, WHERE, contents, finished, here, refused, stage  # noqa: F401 (fixtures)
-from stage import Stage
+from PIL import Image
+from small_run import (NEW, SMALL, STAGES, TRAININGS, WHERE, contents, finished, here, record,  # noqa: F401
+                       refused, results, stage, stopped)
+from wsss import stage as stages
+from wsss import training
+from wsss.data import DataSet
+from wsss.toy import TOY_CLASSES
 
-import engine
-import kills
+sys.path.insert(0, str(ROOT / "tests" / "scripts"))
+import kills  # noqa: E402, found by the line above
 
 OTHER = {  # a flag of each stage, and what the refusal says of it
-    "train": ("--lr", 2e-3, "lr 0.001 -> 0.002"),
-    "cams": ("--scales", 1, r"scales \[0.5\] -> \[1.0\]"),
-    "labels": ("--foreground", 0.6, "foreground 0.5 -> 0.6"),
-    "affinity": ("--dropout", 0.5, "dropout 0.0 -> 0.5"),
-    "walk": ("--beta", 8, "beta 14 -> 8.0"),
-    "segmenter": ("--iterations", 1, "iterations 2 -> 1"),
-    "predict": ("--no-crf", "crf True -> False"),
-}
-TRAININGS = ("train", "affinity", "segmenter")
+    "classifier": ("--lr", 2e-3, "lr 0.001 -> 0.002"), "cams": ("--scales", 1, r"scales \[0.5\] -> \[1.0\]"),
+    "affinity_labels": ("--foreground", 0.55, r"foreground 0.\d+ -> 0.55"),
+    "affinitynet": ("--dropout", 0.5, "dropout 0.0 -> 0.5"), "pseudo_labels": ("--beta", 8, "beta 14.0 -> 8.0"),
+    "segmenter": ("--iterations", 1, "iterations 2 -> 1"), "segmentation": ("--no-crf", "crf True -> False")}
+PATH = {**os.environ, "PYTHONPATH": str(ROOT)}
+EXPORT = ("bnr", "export", "--to", "maps")
+LIST = "data/ImageSets/Segmentation/{}.txt"
 
 
-def results(name, out="out"):
-    """What a stage made, less its id: tensors of a network, bytes of files."""
-    path = Path(out, f"{MAKES[name]}.pth")
-    return torch.load(path, weights_only=True)["model"] if path.is_file() else contents(Path(out, MAKES[name]))
+def temporary(folder="out"):
+    return [path for path in Path(folder).rglob("*") if re.search(r"\.part|\.earlier|\.wsss", str(path))]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As each process of torchrun has; sums in another order are other bytes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def same(one, other):
-    if any(isinstance(value, torch.Tensor) for value in one.values()):
-        return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    return [Path(path).name for path in one] == [Path(path).name for path in other] and list(one.values()) == list(
-        other.values()
-    )
-
-
-def record(name, out="out"):
-    return json.loads(Path(out, f"{MAKES[name]}.json").read_text())
-
-
-def rows():
-    run(*stage("evaluate"))
-    return {row["stage"]: row for row in json.loads(Path("out/results.json").read_text())["rows"]}
-
-
-def interrupt(monkeypatch, module, function, call):
-    """Ctrl-C at the n-th call of a function."""
-    plain, calls = getattr(module, function), []
-
-    def stop(*args, **flags):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return plain(*args, **flags)
-
-    monkeypatch.setattr(module, function, stop)
+def start(*command, **more):
+    """A process of its own."""
+    return subprocess.Popen([sys.executable, "-u", "-m", command[0], *map(str, command[1:])], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=PATH, **more)
 
 
 # ---------------------------------------------------------------- a flag destroys nothing
-
 
 @pytest.mark.parametrize("name", OTHER)
 def test_other_settings_are_refused_with_the_differences(here, name):
     *flags, says = OTHER[name]
     line = refused(1, *stage(name), *flags)
     assert re.search(f"out .finished.: made with other settings: {says}: take another OUT=.*FRESH=1", line)
-
-
-@pytest.mark.parametrize("name", MAKES)
-def test_another_seed_is_refused_for_a_training_alone(here, name):
     if name in TRAININGS:
         assert "seed 0 -> 1" in refused(1, *stage(name), "--seed", 1)
     else:
         assert "done already" in run(*stage(name), "--seed", 1)
 
 
-@pytest.mark.parametrize("name", MAKES)
+@pytest.mark.parametrize("name", STAGES)
 def test_a_fresh_one_replaces_the_old_only_when_it_is_complete(here, monkeypatch, name):
     flags, before = OTHER[name][:-1], contents("out")
-    interrupt(monkeypatch, *((engine, "_log", 1) if name in TRAININGS else (Stage, "finish", 1)))
-    with pytest.raises(KeyboardInterrupt):
-        run(*stage(name), *flags, "--fresh")
-    assert {path: contents("out").get(path) for path in before if "log.jsonl" not in path} == {
-        path: content for path, content in before.items() if "log.jsonl" not in path
-    }
+    with stopped(monkeypatch, stages.Stage, "finish"):
+        run(*stage(name), *flags, "--fresh", status=130)
+    assert {path: contents("out").get(path) for path in before} == before
     assert "done already" in run(*stage(name))  # the old one is the result still
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
     run(*stage(name), *flags, "--fresh")
-    assert not [path for path in contents("out") if ".part" in path or ".old" in path or ".tmp" in path]
-    assert "done already" in run(*stage(name), *flags)
+    assert not temporary() and "done already" in run(*stage(name), *flags)
     assert refused(1, *stage(name))  # that is another one now
 
 
-def test_a_result_whose_renaming_was_stopped_is_not_trained_on_by_fresh(here, monkeypatch):
-    flags, replace = (*stage("train"), "--lr", 2e-3, "--fresh"), os.replace
+def test_fresh_starts_over_where_an_interrupted_run_would_go_on(here, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    flags = (*STAGES["classifier"], *NEW, "--epochs", 2)
+    with stopped(monkeypatch, training, "train_step", 4):
+        run(*flags, status=130)
+    unfinished = json.loads(Path("new/classifier.part/record.json").read_text())["id"]
+    assert Path("new/classifier.part/checkpoint.pth").is_file()
+    said = run(*flags, "--fresh")
+    assert "0/8" in said and record("classifier", "new")["id"] != unfinished
+    steps = [json.loads(line)["step"] for line in Path("new/classifier/log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4] and not Path("new/classifier/checkpoint.pth").exists()
 
-    def stop(source, target):
-        if Path(target).name == "classifier.json":
+
+@pytest.mark.parametrize("name, call", [("classifier", 1), ("cams", 1), ("cams", 2), ("cams", 3), ("segmenter", 2)])
+def test_a_stop_between_the_renames_is_settled_by_the_stage_itself(here, monkeypatch, name, call):
+    """The old result goes into the new one, the new one takes its place, the old one is deleted."""
+    flags, plain, count = OTHER[name][:-1], os.replace, []
+
+    def stop(source, target=None):
+        count.append(1) if Path(source).is_dir() else None
+        if len(count) == call:
             raise KeyboardInterrupt
-        replace(source, target)
+        plain(source, target)
 
-    for module, function, wrong in ((os, "replace", stop), (engine, "_log", None)):
-        if wrong:
-            monkeypatch.setattr(module, function, wrong)
-        else:
-            interrupt(monkeypatch, module, function, 1)
-        with pytest.raises(KeyboardInterrupt):
-            run(*flags)
-        monkeypatch.undo()
-        monkeypatch.chdir(here)
-    assert record("train")["done"] and record("train")["settings"]["lr"] == 2e-3
-    assert not json.loads(Path("out/classifier.part.json").read_text())["done"]
-
-
-def test_more_epochs_go_on_as_if_never_stopped(here):
-    old = record("train")["id"]
-    said = run(*stage("train"), "--epochs", 3)
-    assert "4/12" in said.replace(" ", "") and record("train")["id"] != old  # images that are done already
-    run(*STAGES["train"], "--epochs", 3, "--data", "data", "--out", "new", *SMALL)
-    assert same(results("train"), results("train", "new"))
-    assert list(record("train")["watched"]) == list(record("train", "new")["watched"]) == ["0", "2", "4", "6"]
-    assert "epochs 3 -> 2" in refused(1, *stage("train"), "--epochs", 2)
-    assert "made anew, as the classifier changed" in run(*stage("cams"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        if call == 3:
+            patch.setattr(shutil, "rmtree", stop)
+        run(*stage(name), *flags, "--fresh", status=130)
+    gc.collect()
+    left = contents("out")
+    with contextlib.suppress(AssertionError):  # where there is nothing to read for the moment
+        run(*EXPORT, *WHERE)
+    assert contents("out") == left and not Path("maps/.earlier").exists()  # a reader changes nothing
+    assert "done already" in run(*stage(name), *flags) and not temporary()
 
 
-def test_more_epochs_than_an_unfinished_run_was_to_have(here, monkeypatch):
-    flags = (*STAGES["train"], "--data", "data", "--out", "new", *SMALL)
-    interrupt(monkeypatch, engine, "_log", 2)
-    monkeypatch.setattr(engine, "SAVE_SECONDS", 0)
-    with pytest.raises(KeyboardInterrupt):
-        run(*flags, "--epochs", 2)
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
-    assert "epochs 2 -> 1" in refused(1, *flags)
-    run(*flags, "--epochs", 3)
-    run(*stage("train"), "--epochs", 3)
-    assert same(results("train"), results("train", "new"))
+@pytest.mark.parametrize("name, flags, lost", [
+    ("segmentation", ("--first", 1), 1), ("segmentation", ("--ids", "toy_0004"), 1), ("cams", ("--split", "val"), 4)])
+def test_a_part_made_again_does_not_replace_the_whole(here, name, flags, lost):
+    says = f"--fresh with --first, --ids or --split would lose {lost} other files of out/{name}: leave them out"
+    assert says in refused(1, *stage(name), *flags, "--fresh")
+    assert "done already" in run(*stage(name))
 
+
+def test_a_part_of_the_list_is_not_the_whole(here):
+    shutil.rmtree("out/segmentation")
+    run(*stage("segmentation"), "--ids", "toy_0004.jpg")
+    assert list(results("segmentation")) == ["toy_0004.png"]
+    run(*stage("segmentation"))
+    assert len(results("segmentation")) == 2
+    shutil.rmtree("out/cams"), shutil.rmtree("out/affinity_labels")
+    run(*stage("cams"), "--split", "val")
+    assert 'lacks 4 of 4 seeds, first toy_0000.npz: run "make cams"' in refused(1, *stage("affinity_labels"))
+    run(*stage("cams"))
+    assert set(results("cams")) == {f"toy_{n:04d}.npz" for n in range(6)}
+
+
+# ---------------------------------------------------------------- the data set, the preset
 
 def test_a_data_set_is_known_by_its_lists_and_labels_not_by_its_path(here):
     shutil.move("data", "moved")
-    for name in MAKES:
-        assert "done already" in run(*STAGES[name], "--data", "moved", "--out", "out", *SMALL)
-    Path("out/classifier.json").write_text(json.dumps({**record("train"), "data": str(here / "data")}))
-    says = f"error: {here}/data is no data set: .*; the run in out was made from this folder: --data names its new"
-    for name in ("train", "evaluate"):
-        assert re.match(says, refused(1, *STAGES[name], "--out", "out", *SMALL))
-    assert "--data names" not in refused(1, *stage("cams"))
-    labels = Path("moved/labels.txt").read_text()
-    Path("moved/labels.txt").write_text(
-        labels.replace("\n", " cat\n", 1) if " cat" not in labels.split("\n")[0] else labels.replace(" cat", "", 1)
-    )
-    Path("data").symlink_to("moved")
-    for name in ("train", "cams", "walk"):
-        assert "the data set has other lists or labels" in refused(1, *stage(name))
+    moved = ("--data", "moved", "--out", "out", *SMALL)
+    assert all("done already" in run(*STAGES[name], *moved) for name in STAGES)
+    shutil.move("moved", "data")
+    found = record("classifier")
+    Path(LIST.format("val")).write_text("toy_0004\n")  # the score stays with the list that it was measured on
+    assert "done already" in run(*stage("classifier"))
+    assert record("classifier") == found and found["map_n"] == 2 and found["map_of"] != DataSet("data").digest_of("val")
+
+
+@pytest.mark.parametrize("changed", [  # one class more in the middle, one less, other labels, another list
+    {"data/classes.txt": " ".join([TOY_CLASSES[0], "zebra", *TOY_CLASSES[1:]])},
+    {"data/classes.txt": "cat", "data/labels.txt": "cat"}, {"data/labels.txt": "cat rabbit"},
+    {LIST.format("train_aug"): "toy_0000 toy_0001"}])
+def test_other_classes_lists_or_labels_than_a_stage_was_made_from_are_refused(here, changed):
+    for path, words in changed.items():
+        lines = [f"toy_{n:04d} {words}" for n in range(6)] if "labels" in path else words.split()
+        Path(path).write_text("\n".join(lines))
+    assert "the data set has other lists or labels" in refused(1, *stage("classifier"))
+    for name in ("cams", "affinity_labels", "affinitynet", "pseudo_labels", "segmenter", "segmentation"):
+        assert "was made from other lists, labels or classes than data has now" in refused(1, *stage(name))
+    assert "was made from other lists, labels or classes" in refused(1, *EXPORT, *WHERE)
+
+
+@pytest.mark.parametrize("command", [*list(STAGES.values())[1:], EXPORT,
+                                     ("segment", "predict", "data/JPEGImages")])
+def test_another_preset_is_refused(here, command):
+    line = refused(1, *command, *WHERE, "--preset", "small", "--no-amp")
+    assert re.search("made with (preset toy|another preset): add --preset toy", line)
 
 
 def test_a_weight_file_is_known_by_its_bytes_not_by_its_name(here):
-    state = torch.load("out/classifier.pth", weights_only=True)["model"]
+    state = torch.load("out/classifier/model.pth", weights_only=True)["model"]
     torch.save(state, "a.pth")
-    flags = (*STAGES["train"], "--data", "data", "--out", "new", *SMALL)
+    flags = (*STAGES["classifier"], *NEW, "--no-from-scratch")
     run(*flags, "--pretrained", "a.pth")
     shutil.move("a.pth", "b.pth")
     assert "done already" in run(*flags, "--pretrained", "b.pth")
-    torch.save({name: value * 2 for name, value in state.items()}, "c.pth")
-    assert "pretrained " in refused(1, *flags, "--pretrained", "c.pth")
-
-
-def test_a_flag_that_an_older_record_lacks_counts_as_its_default(here):
-    old = record("train")
-    for flag in ("lr", "loss", "data_set"):
-        del old["settings"][flag]
-    Path("out/classifier.json").write_text(json.dumps(old))
-    assert "done already" in run(*stage("train"))
-    assert "loss bnr -> transcam" in refused(1, *stage("train"), "--loss", "transcam")
-    for name, flag in (("labels", "foreground"), ("walk", "background_score"), ("predict", "crf")):
-        old = record(name)
-        del old["settings"][flag]
-        Path(f"out/{MAKES[name]}.json").write_text(json.dumps(old))
-        assert MAKES[name].replace("_", " ").replace("segmentation", "segmenter") in rows()
+    torch.save({name: value * 2 for name, value in state.items()}, "b.pth")
+    assert "pretrained " in refused(1, *flags, "--pretrained", "b.pth")
 
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_loss_that_is_not_finite_overwrites_nothing(here, name):
-    line = refused(1, *stage(name), "--lr", 1e30, "--epochs" if name != "segmenter" else "--iterations", 6, "--fresh")
-    assert re.search(
-        r"is (nan at step \d of \d+|not finite after step \d), photos toy_\d+ toy_\d+: try a lower --lr", line
-    )
+    steps = "--iterations" if name == "segmenter" else "--epochs"
+    line = refused(1, *stage(name), "--lr", 1e30, steps, 6, "--fresh")
+    assert re.search(r"(is (nan|inf) at step \d+ of \d+|not finite after step \d+), photos toy_\d+ toy_\d+", line)
     assert "done already" in run(*stage(name))
 
 
-# ---------------------------------------------------------------- stale is not shown as fresh
+# ---------------------------------------------------------------- what is older than its input
 
-
-def test_what_hangs_on_an_earlier_input_is_marked_refused_and_made_anew(here):
-    assert not any("stale" in row for row in rows().values())
-    run(*stage("train"), "--lr", 2e-3, "--fresh")
-    for command in ("page", "show", "sheets"):
-        said = run("report.py", command, *WHERE)
-        assert "note: segmenter in out: older than the classifier: make seg" in said
-    assert "older than the classifier: make seg" in Path("out/report.html").read_text()
-    assert "note: seeds in out: older than the classifier" in run("bnr.py", "export", *WHERE, "--to", "maps")
-    scored = Path("out/results.json").read_text()
-    found = rows()
-    for row, target in (
-        ("refined seeds", "cams"),
-        ("affinity labels", "psa"),
-        ("pseudo labels", "psa"),
-        ("segmenter", "seg"),
-    ):
-        assert found[row]["stale"] == f"older than the classifier: make {target}"
-    assert ': older than the classifier: run "make cams" first' in refused(1, *stage("labels"))
-    for name, source in (
-        ("cams", "classifier"),
-        ("labels", "seeds"),
-        ("affinity", "affinity labels"),
-        ("walk", "seeds and the AffinityNet"),
-        ("segmenter", "pseudo labels"),
-        ("predict", "segmenter"),
-    ):
-        assert f"made anew, as the {source} changed" in run(*stage(name))
-    Path("out/results.json").write_text(scored)
-    run("report.py", "page", *WHERE)
-    assert "scored before the segmentation was made anew: make eval" in Path("out/report.html").read_text()
-    assert not any("stale" in row for row in rows().values())
-    run("report.py", "page", *WHERE)
-    assert not re.search("scored before|older than the", Path("out/report.html").read_text())
-
-
-def test_an_unfinished_stage_whose_input_changed_begins_anew(here, monkeypatch):
-    interrupt(monkeypatch, Stage, "finish", 1)
-    with pytest.raises(KeyboardInterrupt):
-        run(*stage("labels"), "--foreground", 0.6, "--fresh")
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
-    run(*stage("cams"), "--scales", 1, "--fresh")
-    run(*stage("labels"), "--foreground", 0.6, "--fresh")
-    run(*STAGES["labels"], "--foreground", 0.6, "--fresh", *WHERE)
-    assert len(results("labels")) == 4
-    anew = results("labels")
-    run(*stage("labels"), "--foreground", 0.6, "--fresh")
-    assert same(results("labels"), anew)
+def test_what_hangs_on_an_earlier_input_is_refused_and_made_again(here):
+    run(*stage("classifier"), "--lr", 2e-3, "--fresh")
+    assert ': older than the classifier: run "make cams" first' in refused(1, *stage("affinity_labels"))
+    assert 'segmenter in out: older than the classifier: run "make seg" first' in refused(1, *stage("segmentation"))
+    for name, source in (("cams", "classifier"), ("affinity_labels", "seeds"), ("affinitynet", "affinity labels"),
+                         ("pseudo_labels", "seeds and the AffinityNet"), ("segmenter", "pseudo labels"),
+                         ("segmentation", "segmenter")):
+        assert f"made again, as the {source} changed" in run(*stage(name))
+        assert "done already" in run(*stage(name)) and not temporary()
 
 
 # ---------------------------------------------------------------- what is there is looked at
 
-
-@pytest.mark.parametrize("damage", ["deleted", "cut", "empty"])
-@pytest.mark.parametrize("name", MAKES)
+@pytest.mark.parametrize("damage", ["deleted", "cut"])
+@pytest.mark.parametrize("name", STAGES)
 def test_what_is_deleted_or_damaged_is_made_again_and_nothing_else(here, name, damage):
     before, times = results(name), {path: path.stat().st_mtime_ns for path in Path("out").rglob("*") if path.is_file()}
-    path = Path("out", f"{MAKES[name]}.pth")
-    path = path if path.is_file() else sorted(Path("out", MAKES[name]).iterdir())[0]
-    path.unlink() if damage == "deleted" else path.write_bytes(path.read_bytes()[:-5] if damage == "cut" else b"")
-    assert "damaged" in run(*stage(name))
-    assert same(results(name), before)
-    record_of = Path("out", f"{MAKES[name]}.json")
+    ending = ".pth" if name in TRAININGS else ".npz" if name == "cams" else ".png"
+    path = sorted(Path("out", name).glob(f"*{ending}"))[0]
+    path.unlink() if damage == "deleted" else path.write_bytes(path.read_bytes()[:-5])
+    assert "damaged" in run(*stage(name)) and results(name) == before and not temporary()
     changed = {p for p in times if p.stat().st_mtime_ns != times[p]}
-    assert changed <= {path, record_of, Path("out/log.jsonl")}
+    assert changed <= {path, path.with_name("record.json"), path.with_name("log.jsonl")}
 
 
-def test_seeds_made_again_alone_are_the_same_bytes(here, monkeypatch):
-    """A short batch would sum in another order: it is filled up."""
-    import bnr
-
-    plain, sizes = bnr.multi_scale, []
-    monkeypatch.setattr(bnr, "multi_scale", lambda *args: sizes.append(len(args[1][0])) or plain(*args))
-    run(*stage("cams"), "--scales", 0.5, 1, 2, "--eigen", "--batch-size", 3, "--fresh")  # of 4 photos
-    before = results("cams")
-    for path in sorted(Path("out/cams").iterdir())[::2]:
-        path.unlink()
-        assert "damaged" in run(*stage("cams"), "--scales", 0.5, 1, 2, "--eigen", "--batch-size", 3)
-    assert sizes == [3] * 4 and same(results("cams"), before)
-
-
-def test_a_part_of_the_list_is_not_the_whole(here):
-    shutil.rmtree("out/segmentation"), Path("out/segmentation.json").unlink()
-    run(*stage("predict"), "--first", 1)
-    row = rows()["segmenter"]
-    assert row["n"] == 1 and row["missing"].startswith("1 of 2 segmentation are missing, first toy_0005: make seg")
-    run(*stage("predict"))
-    assert "missing" not in rows()["segmenter"]
-    shutil.rmtree("out/cams"), Path("out/cams.json").unlink()
-    run(*stage("cams"), "--split", "val")
-    assert "refined seeds" not in [name for name, row in rows().items() if "miou" in row]
-    shutil.rmtree("out/affinity_labels"), Path("out/affinity_labels.json").unlink()
-    assert 'cams lacks 4 of 4 seeds, first toy_0000.npz: run "make cams"' in refused(1, *stage("labels"))
+def test_only_the_stage_itself_sweeps_its_folder(here):
+    litter, own = Path("out/cams/.a.npz.77.wsss"), Path("out/.draft.2024.tmp")
+    kept = [own, Path("out/cams.old/a.npz"), Path("out/notes/.b.wsss")]
+    for path in (litter, *kept):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    shutil.rmtree("out/affinity_labels")
+    run(*stage("affinity_labels")), run(*EXPORT, *WHERE)
+    assert litter.exists()
+    Path("out/cams/toy_0000.npz").unlink()
     run(*stage("cams"))
-    assert {path.stem for path in Path("out/cams").iterdir()} == {f"toy_{n:04d}" for n in range(6)}
+    assert not litter.exists() and all(path.exists() for path in kept)
 
 
-def test_a_part_made_anew_does_not_replace_the_whole(here):
-    says = "--fresh with --first, --ids or --split would lose 1 other files of out/segmentation: leave them out"
-    assert says in refused(1, *stage("predict"), "--first", 1, "--fresh")
-    assert "would lose 4 other files of out/cams" in refused(1, *stage("cams"), "--split", "val", "--fresh")
-    assert "done already" in run(*stage("predict"))
-    run(*stage("train"), "--lr", 2e-3, "--fresh")
-    run(*stage("cams"), "--split", "val", "--fresh")  # the others are of an earlier classifier
-    assert len(list(Path("out/cams").iterdir())) == 2
+def test_a_changed_photo_is_named_with_what_mends_it(here):
+    Image.new("RGB", (90, 70)).save("data/JPEGImages/toy_0000.jpg")
+    for name in ("affinity_labels", "pseudo_labels"):
+        assert 'toy_0000.npz is of a photo of another size: delete it and run "make cams"' in refused(
+            1, *stage(name), "--fresh")
+    Path("out/cams/toy_0000.npz").unlink()
+    run(*stage("cams"))
+    for name in ("affinity_labels", "pseudo_labels"):  # the files of that photo alone
+        others = {path: content for path, content in results(name).items() if "0000" not in path}
+        run(*stage(name))
+        assert Image.open(f"out/{name}/toy_0000.png").size == (90, 70) and others.items() <= results(name).items()
+        assert "done already" in run(*stage(name))
 
 
-def test_check_names_what_would_break_a_stage(here):
-    def problems():
-        return run("prepare.py", "check", "--data", "data", status=1)
+# ---------------------------------------------------------------- two at once, kills, processes
 
-    assert "no problems" in run("prepare.py", "check", "--data", "data")
-    for path, content, says in (
-        ("ImageSets/Segmentation/val.txt", "", "problem: .*val.txt is empty"),
-        ("labels.txt", "toy_0000 cat\ntoy_0000 cow\n", "problem: .*labels.txt names toy_0000 twice, with other"),
-        (
-            "labels.txt",
-            "\n".join(f"toy_{n:04d}" for n in range(6)),
-            "problem: 4 of 4 photos in train_aug have no label",
-        ),
-        ("labels.txt", "toy_0000 cat", "problem: no image labels of toy_0001"),
-        ("JPEGImages/toy_0001.jpg", "", "problem: cannot read .*toy_0001.jpg"),
-        ("SegmentationClass/toy_0001.png", None, "problem: .*lacks 1 of 4 masks of train, first toy_0001.png"),
-        ("ImageSets/Segmentation/train.txt", "toy_0000\ntoy_0000\n", "problem: .*train.txt names 1 ids twice"),
-    ):
-        path = Path("data", path)
-        old = path.read_bytes()
-        path.unlink() if content is None else path.write_text(content)
-        assert re.search(says, problems())
-        path.write_bytes(old)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_second_process_in_one_folder_is_refused(here, monkeypatch, name):
+    with stopped(monkeypatch, stages.Stage, "finish"):
+        run(*stage(name), "--fresh", status=130)
+    shutil.move(f"out/{name}", "away")
+    lock = os.open(f"out/{name}.part", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    for flags in ((), ("--fresh",)):
+        says = f"another process is at work in out/{name}.part: wait for it, or take another OUT="
+        assert says in refused(1, *stage(name), *flags)
+    os.close(lock)
+    run(*stage(name))
 
 
-@pytest.mark.parametrize("command", [stage("cams"), stage("evaluate"), ("report.py", "sheets", *WHERE)])
-def test_temporary_files_of_dead_processes_are_swept_away(here, command):
-    dead, alive = Path("out/.a.png.4194305.tmp"), Path(f"out/.b.png.{os.getppid()}.tmp")
-    dead.touch(), alive.touch()
-    run(*command)
-    assert alive.exists() and not dead.exists()
-
-
-# ---------------------------------------------------------------- several processes, workers, signals, kills
-
-
-def test_two_processes_train_and_export_as_one_does(here):
-    """By gloo on the CPU: 5 steps of each training, and the exports from one process's weights."""
-    five = {
-        "train": ("--epochs", 5, "--batch-size", 4),
-        "affinity": ("--epochs", 5, "--batch-size", 4),
-        "segmenter": ("--iterations", 5, "--batch-size", 4),
-    }
-    commands = [
-        [*map(str, (*STAGES[name], *five[name], "--data", "data", "--out", f"two_{name}", *SMALL))] for name in five
-    ]
-    for name in five:
-        shutil.copytree("out", f"two_{name}"), shutil.copytree("out", f"one_{name}")
-        for path in [*Path(f"two_{name}").glob(f"{MAKES[name]}.*"), *Path(f"one_{name}").glob(f"{MAKES[name]}.*")]:
-            path.unlink()
-        run(*STAGES[name], *five[name], "--data", "data", "--out", f"one_{name}", *SMALL, "--micro-batch", 2)
-    exports = ("cams", "labels", "walk", "predict")
-    shutil.copytree("out", "two")
-    for name in exports:
-        shutil.rmtree(f"two/{MAKES[name]}")
-        commands.append([*map(str, (*STAGES[name], "--data", "data", "--out", "two", *SMALL))])
-    Path("all.py").write_text(f"""
-import importlib, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch.distributed as dist
-first = dist.init_process_group
-dist.init_process_group = lambda backend, timeout: dist.is_initialized() or first(backend, timeout=timeout)
-dist.destroy_process_group = lambda: None  # one group for all commands, which saves the imports
-import bnr
-precision = bnr.average_precision
-bnr.average_precision = lambda *args, **how: print(f"mAP by process {{dist.get_rank()}}") or precision(*args, **how)
-for script, *flags in {commands!r}:
-    sys.argv = [script, *flags]
-    importlib.import_module(script[:-3]).main()
-""")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "all.py"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "mAP by process 0" in done.stdout and "mAP by process 1" not in done.stdout
-    assert record("train", "two_train")["map"] is not None
-    for name in five:
-        one, two = results(name, f"one_{name}"), results(name, f"two_{name}")
-        for key in one:
-            if "running" not in key and "num_batches" not in key:
-                torch.testing.assert_close(
-                    two[key], one[key], rtol=0, atol=1e-5, msg=lambda text: f"{name} {key}: {text}"
-                )
-    for name in exports:
-        assert same(results(name), results(name, "two"))
-
-
-@pytest.mark.parametrize("number, after", [(signal.SIGINT, 0.3), (signal.SIGTERM, 1.0), (signal.SIGINT, "step 0:")])
-def test_ctrl_c_is_one_line_that_says_how_to_go_on(here, number, after):
-    command = [*STAGES["train"], "--data", "data", "--out", "new", *SMALL, "--epochs", 999]
-    process = subprocess.Popen(
-        [sys.executable, "-u", ROOT / command[0], *map(str, command[1:])],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    said = ""
-    if isinstance(after, str):
-        while after not in said:
-            said += process.stdout.readline()
-    else:
-        time.sleep(after)
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_process_that_is_stopped_leaves_no_lock_and_says_how_to_go_on(here, number, status):
+    command = (*STAGES["classifier"], *NEW, "--epochs", 999)
+    process = start(*command)
+    while "step 2:" not in process.stdout.readline():
+        assert process.poll() is None
+    assert "another process is at work in new/classifier.part: wait for it" in run(*command, "--fresh", status=1)
     process.send_signal(number)
-    said += process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number, said
-    assert said.count("stopped: the same command goes on from here") == 1
-    assert "Traceback" not in said and "Error" not in said
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == status and "Traceback" not in said and "Error" not in said
+    assert said.endswith("\nstopped: the same command goes on from here\n") == (number == signal.SIGINT)
+    run(*STAGES["classifier"], *NEW, "--fresh")
 
 
-def test_ctrl_c_wins_over_the_error_that_torch_makes_of_a_stopped_worker():
-    code = """
-import signal, stage, subprocess, time
-def torchs(number, frame):
-    raise RuntimeError("DataLoader worker exited unexpectedly")
-signal.signal(signal.SIGCHLD, torchs)
-worker = subprocess.Popen(["sleep", "60"])
-try:
-    print("ready", flush=True)
-    time.sleep(60)
-finally:
-    worker.kill()
-    time.sleep(0.5)
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    assert "Error" not in process.communicate(timeout=60)[1] and process.returncode == 130
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_stopped_training_goes_on_to_the_same_bytes(here, monkeypatch, name):
+    steps = ("--iterations", 6) if name == "segmenter" else ("--epochs", 3)
+    run(*stage(name), *steps, "--fresh")
+    whole = results(name)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(training, "LOG_STEPS", 1)
+    shutil.rmtree(f"out/{name}")
+    with stopped(monkeypatch, training, "train_step", 4):
+        assert "stopped: the same command goes on from here" in run(*stage(name), *steps, status=130)
+    assert "6/12" in run(*stage(name), *steps)
+    assert results(name) == whole and not temporary()
 
 
 def test_workers_give_the_same_bytes_and_end_with_a_parent_that_is_killed(here):
-    flags = ("--data", "data", "--out", "out", *SMALL[:-1], 2)
-    command = [sys.executable, ROOT / "psa.py", *map(str, (*STAGES["labels"][1:], *flags))]
-    one = results("labels")
-    shutil.rmtree("out/affinity_labels"), Path("out/affinity_labels.json").unlink()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    while process.poll() is None and len(kills.living(process.pid)) < 4:  # itself, two workers, one that tidies up
+    flags, one = ("--data", "data", "--out", "out", *SMALL[:-1], 2), results("affinity_labels")
+    shutil.rmtree("out/affinity_labels")
+    process = start("psa", "labels", *flags, start_new_session=True)
+    while len(kills.living(process.pid)) < 4:  # itself, two workers, one that tidies up
+        assert process.poll() is None
         time.sleep(0.05)
-    assert process.poll() is None
     process.kill()
     process.wait()
-    end = time.time() + 15
-    while (left := kills.living(process.pid)) and time.time() < end:
+    end = time.monotonic() + 20
+    while (left := kills.living(process.pid)) and time.monotonic() < end:
         time.sleep(0.1)
     for worker in left:
         os.kill(worker, signal.SIGKILL)
     assert not left
-    run_process("psa.py", *STAGES["labels"][1:], *flags)
-    assert same(results("labels"), one)
+    run_process("psa", "labels", *flags)
+    assert results("affinity_labels") == one
+
+
+def test_two_processes_train_as_one_does(here):
+    """By gloo on the CPU: 5 steps of each training; the first process scores and writes, other stages refuse two."""
+    commands = [("psa", "labels", *WHERE)]
+    for name in TRAININGS:
+        five = ("--iterations" if name == "segmenter" else "--epochs", 5, "--batch-size", 4)
+        for out in (f"one_{name}", f"two_{name}"):
+            shutil.copytree("out", out)
+            shutil.rmtree(f"{out}/{name}")
+        run(*STAGES[name], *five, "--data", "data", "--out", f"one_{name}", *SMALL, "--micro-batch", 2)
+        commands.append((*STAGES[name], *five, "--data", "data", "--out", f"two_{name}", *SMALL))
+    Path("all.py").write_text(f"""
+import importlib, sys
+import torch.distributed as dist
+first = dist.init_process_group
+dist.init_process_group = lambda backend, timeout: dist.is_initialized() or first(backend, timeout=timeout)
+dist.destroy_process_group = lambda: None  # one group for all commands, which saves the imports
+for script, *flags in {[[*map(str, command)] for command in commands]!r}:
+    sys.argv = [script, *flags]
+    try:
+        importlib.import_module(script).main()
+    except SystemExit as stop:
+        assert script == "psa" and stop.code == 2
+""")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = subprocess.run([sys.executable, *torchrun, "all.py"], capture_output=True, text=True, env=PATH)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("error: psa labels runs in one process: torchrun is for the trainings") == 2
+    assert done.stdout.count("map_n") == 5 and record("classifier", "two_classifier")["map_n"] == 2
+    for name in TRAININGS:
+        one, two = (torch.load(f"{n}_{name}/{name}/model.pth", weights_only=True)["model"] for n in ("one", "two"))
+        for key in one:
+            if "running" not in key and "num_batches" not in key:
+                torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5, msg=lambda text: f"{key}: {text}")
 
 
 def test_a_few_kills_lose_nothing():
-    """The short form of tests/kills.py."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/kills.py", "--trials", "1", "--stages", "drawing", "train", "cams"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r" 1 trials .* 0 failures", done.stdout)) == 3
+    said = run_process("tests.scripts.kills", "--trials", 1, "--stages", "train", "cams")
+    assert len(re.findall(r" [1-9] kills .* 0 failures", said)) == 2

@@ -1,34 +1,34 @@
 """Makes a folder a data set: the toy set drawn, VOC and COCO with lists, labels and masks; and checks any data set.
 
-    python prepare.py toy                draws the toy set into data/toy; interrupted, it is drawn on
-    python prepare.py voc --root DIR     PASCAL VOC 2012 and SBD: fetched where missing, lists and labels written
-    python prepare.py coco --root DIR    MS COCO 2014: links to its photos, masks, labels and lists; stopped, it goes on
-    python prepare.py check --data DIR   counts, and what would break a stage; exit status 1 if something would
+    python -m wsss.prepare toy                draws the toy set into data/toy; interrupted, it is drawn on
+    python -m wsss.prepare voc --root DIR     PASCAL VOC 2012 with SBD's lists: fetched where missing, lists and labels
+    python -m wsss.prepare coco --root DIR    MS COCO 2014: links to its photos, masks, labels and lists; it goes on
+    python -m wsss.prepare check --data DIR   counts, and what would break a stage; exit status 1 if something would
 
-The layout is the one that data.py reads. Masks are for scoring alone.
+The layout is the one that wsss/data.py reads. Masks are for scoring alone.
 """
+import wsss  # noqa: F401, first: it names a package that is not installed
 import json
 import os
+import shutil
 import tarfile
 from array import array
 from http.client import HTTPException
 from pathlib import Path
 
-import stage  # before torch: from here on Ctrl-C is one line
 import numpy as np
-from torchvision.datasets import SBDataset
-from torchvision.datasets.utils import download_url
-from torchvision.datasets.voc import DATASET_YEAR_DICT
+from torchvision.datasets import VOCSegmentation
 from tqdm import tqdm
 
-from commands import Commands, whole
-from data import VOID, DataSet, find_photos, leads_out, photo_id, read_image, read_mask, require, write_mask
-from engine import in_processes, peak_memory
-from stage import InputError, is_whole, read_json, read_lines, read_text, write, write_json, write_lines
-from toy import TOY_CLASSES, toy_picture
+from wsss.check import check, images_a_class
+from wsss.cli import TOY, Commands, whole
+from wsss.data import DataSet, photo_id, read_entries
+from wsss.images import VOID, read_image, read_mask, require, write_mask
+from wsss.pool import in_processes, peak_memory
+from wsss.stage import (TEMPORARY, InputError, is_junk, is_whole, read_json, read_text, write, write_json,
+                        write_lines)
+from wsss.toy import TOY_CLASSES, toy_picture
 
-LISTED = 20  # problems that `check` tells at most
-LARGE = 1000  # pixels of a photo's longer side, twice VOC's, from which `check` warns
 VOC_SIZES = {"train_aug": 10582, "train": 1464, "val": 1449, "test": 1456}
 COCO_SPLITS = {"train_aug": "train2014", "val": "val2014"}
 COCO_SIZES = {"train_aug": 82081, "val": 40137}  # photos with an instance
@@ -51,14 +51,15 @@ def toy(args):
     made, begun = args.root / "toy.json", args.root / "toy.part.json"
     settings = {"seed": args.seed, "train": args.train, "val": args.val, "classes": list(TOY_CLASSES)}
     record = next((read_json(path) for path in (made, begun) if path.is_file()), None)
-    if record is None and any(args.root.glob("[!.]*")):
+    if record is None and any(not is_junk(path) for path in args.root.glob("[!.]*")):
         raise InputError(f"{args.root} holds something else: not drawing over it")
     if record not in (None, settings):
         flags = " ".join(f"--{flag} {record.get(flag)}" for flag in ("seed", "train", "val"))
         raise InputError(f"{args.root} holds a drawing of {flags}: take another --root, or remove it")
     if record is None:
         write_json(begun, settings)
-    stage.sweep(args.root)
+    for path in args.root.rglob(f".*{TEMPORARY}"):  # of drawings that were killed
+        path.unlink()
     names = [f"toy_{n:04d}" for n in range(args.train + args.val)]
     labels, drawn = [], 0
     for n, name in enumerate(tqdm(names, desc="toy set", unit="img")):
@@ -86,40 +87,17 @@ def toy(args):
 
 # ---------------------------------------------------------------- PASCAL VOC 2012
 
-def unpack(path, folder):
-    """Extract a tar archive; InputError, with nothing written, where a member could lie outside the folder."""
-    if not hasattr(tarfile, "data_filter"):
-        raise InputError(f"this Python is too old to unpack {path} safely: update it, or unpack it by hand")
+def fetch_devkit(root):
+    """Have torchvision download and unpack the devkit; complete, it becomes ROOT/VOCdevkit."""
+    part = root / "VOCdevkit.part"
     try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if leads_out(member.name):
-                    raise InputError(f"{path} is refused: its member {member.name} is absolute or has .. in its path")
-                tarfile.data_filter(member, folder)  # refuses devices, and links that lead out
-            path.with_suffix(".unpacking").touch()
-            archive.extractall(folder, filter="data")
-            path.with_suffix(".unpacking").unlink()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"cannot unpack {path}: {error}") from None
-
-
-def find_or_fetch(file, places, source, root, needs):
-    """The first of these folders that has the file. The last one comes out of an archive of torchvision's (url, md5).
-
-    That is fetched and unpacked into `root` where no folder has the file, or where its unpacking was stopped.
-    """
-    archive = root / Path(source["url"]).name
-    *others, unpacked = places
-    for place in others if archive.with_suffix(".unpacking").exists() else places:
-        if place and (place / file).exists():
-            return place
-    try:
-        download_url(source["url"], root, md5=source["md5"])
-    except (OSError, RuntimeError, HTTPException) as error:
-        raise InputError(f"{root} lacks {needs}, and {source['url']} cannot be fetched ({error}): "
-                         "put it there by hand") from None
-    unpack(archive, root)
-    return unpacked
+        part.mkdir(parents=True, exist_ok=True)
+        VOCSegmentation(part, year="2012", image_set="train", download=True)
+        os.replace(part / "VOCdevkit", root / "VOCdevkit")
+        shutil.rmtree(part)
+    except (OSError, RuntimeError, HTTPException, tarfile.TarError, EOFError) as error:
+        raise InputError(f"{root} lacks VOCdevkit/VOC2012, and it cannot be fetched ({error}): unpack "
+                         "VOCtrainval_11-May-2012.tar there by hand") from None
 
 
 def check_sizes(root, lists, sizes, what):
@@ -136,14 +114,19 @@ def voc(args):
 
     --root is the devkit's VOC2012 folder, or one that holds or gets VOCdevkit/VOC2012. Of SBD only two lists are read.
     """
-    places = args.root, args.root / "VOCdevkit" / "VOC2012"
-    root = find_or_fetch("JPEGImages", places, DATASET_YEAR_DICT["2012"], args.root, "VOCdevkit/VOC2012")
     places = args.sbd, args.root / "sbd", args.root / "benchmark_RELEASE" / "dataset"
-    source, needs = {"url": SBDataset.url, "md5": SBDataset.md5}, "benchmark_RELEASE/dataset/train.txt of SBD"
-    sbd = find_or_fetch("train.txt", places, source, args.root, f"{needs} (or --sbd DIR)")
+    sbd = next((place for place in places if place and (place / "train.txt").is_file()), None)
+    if sbd is None:
+        raise InputError(f"{args.sbd or args.root / 'sbd'} lacks SBD's train.txt and val.txt: take them from "
+                         "benchmark_RELEASE/dataset of its archive, and name their folder with --sbd DIR")
+    root = args.root
+    if not (root / "JPEGImages").is_dir():
+        root = args.root / "VOCdevkit" / "VOC2012"
+        if not root.is_dir():
+            fetch_devkit(args.root)
     dataset, more = DataSet(root), set()
     for path in (sbd / "train.txt", sbd / "val.txt"):
-        more.update(photo_id(line.split()[0], path) for line in read_lines(path))
+        more.update(photo_id(text, where) for text, _, where in read_entries(path))
     lists = {split: dataset.ids(split, required=split != "test") for split in ("train", "val", "test")}
     lists["train_aug"] = sorted(more.union(lists["train"]) - set(lists["val"]))
     require([dataset.image(name) for name in lists["train_aug"]], "photos")
@@ -255,7 +238,8 @@ def link_photos(folder, splits):
     """JPEGImages with a link to each split's folder beside it; InputError where it holds anything else."""
     try:
         folder.mkdir(exist_ok=True)
-        wrong = [path for path in folder.iterdir() if not path.is_symlink() or os.readlink(path) != f"../{path.name}"]
+        wrong = [path for path in folder.iterdir() if not is_junk(path)
+                 and not (path.is_symlink() and os.readlink(path) == f"../{path.name}")]
         if wrong or folder.is_symlink():
             raise InputError(f"{folder} holds more than links to {' and '.join(splits)}: move it away")
         for split in splits:
@@ -275,7 +259,6 @@ def coco(args):
     needed = [*splits, *(f"annotations/instances_{split}.json" for split in splits)]
     if missing := [name for name in needed if not (root / name).exists()]:
         raise InputError(f"{root} lacks {', '.join(missing)} of COCO 2014: put them there")
-    stage.sweep(root / "SegmentationClass")
     link_photos(root / "JPEGImages", splits)
     lists, labels, classes = {}, {}, None
     for name, split in COCO_SPLITS.items():
@@ -296,99 +279,21 @@ def coco(args):
     check_sizes(root, lists, COCO_SIZES, "COCO 2014")
 
 
-# ---------------------------------------------------------------- check
-
-def images_a_class(dataset, labels):
-    """labels: (n, K) of 0 and 1  ->  "images a class: cat 3, dog 2" """
-    return "images a class: " + ", ".join(f"{name} {int(n)}" for name, n in zip(dataset.classes, labels.sum(0)))
-
-
-def collect(problems, work, *arguments):
-    """What `work` returns; None where it raises InputError, which is one problem more."""
-    try:
-        return work(*arguments)
-    except InputError as error:
-        problems.append(str(error))
-
-
-def check_list(dataset, split, problems):
-    """The ids of a list that can be looked at further: each once, of photos that are there."""
-    file = dataset.list_file(split)
-    if file is None and split != "train_aug":
-        return []
-    ids = collect(problems, dataset.ids, split)
-    if ids is not None or file is None:
-        return ids or []
-    lines = collect(problems, read_lines, file) or []
-    names = dict.fromkeys(collect(problems, photo_id, line.split()[0], file) for line in lines)
-    names.pop(None, None)  # in place of each that is no id
-    collect(problems, require, [dataset.image(name) for name in names], "photos")
-    return [name for name in names if dataset.image(name).is_file()]
-
-
-def check(args):
-    """Count a data set's files and name what would break a stage; exit status 1 if something would."""
-    problems, unlike, large = [], [], []
-    dataset = DataSet(args.data, problems)
-    if collect(problems, getattr, dataset, "photo_of") is None:  # two of one id; the rest is looked at all the same
-        paths = find_photos(dataset.photos)
-        dataset.photo_of = {photo_id(path.relative_to(dataset.photos).as_posix()): path for path in paths}
-    print(f"{len(dataset.photo_of)} photos in {dataset.photos}")
-    print(f"{dataset.num_classes} classes with background: {' '.join(dataset.classes)}")
-    splits = {split: check_list(dataset, split, problems) for split in ("train_aug", "train", "val")}
-    names = sorted(set().union(*splits.values()))
-    labelled = {name for name in names if collect(problems, dataset.labels, [name]) is not None}
-    for split, ids in splits.items():
-        known = [name for name in ids if name in labelled]
-        labels, masks = dataset.labels(known), [dataset.mask(name) for name in ids]
-        bare = [name for name, row in zip(known, labels) if not row.any()]
-        there = sum(mask.is_file() for mask in masks)
-        print(f"{split}: {len(ids)} images, {there} masks, {len(bare)} without any label; "
-              + images_a_class(dataset, labels))
-        if split == "train_aug" and bare:
-            problems.append(f"{len(bare)} of {len(ids)} photos in {split} have no label, first {bare[0]}")
-        if split != "train_aug" and (dataset.root / "SegmentationClass").is_dir():
-            collect(problems, require, masks, f"masks of {split}")
-    for name in tqdm(names, desc="photos", unit="img"):
-        photo = collect(problems, read_image, dataset.image(name))
-        size = photo.size[::-1] if photo else None  # (H, W)
-        if size and max(size) > LARGE:
-            large.append(f"{name}: {size[1]}x{size[0]}")
-        if not dataset.mask(name).is_file():
-            continue
-        mask = collect(problems, read_mask, dataset.mask(name), dataset.num_classes, size)
-        if mask is not None and name in labelled:
-            told, seen = dataset.names(name), {dataset.classes[c - 1] for c in np.unique(mask) if 0 < c < VOID}
-            if seen != set(told):
-                unlike.append(f"{name}: mask {' '.join(sorted(seen)) or '-'}, labels {' '.join(told) or '-'}")
-    if unlike:
-        print(f"note: masks and labels of {len(unlike)} photos differ, first {unlike[0]}")
-    if large:
-        print(f"note: {len(large)} photos are longer than {LARGE} pixels, first {large[0]}: crops, CRF and walk are "
-              "set for VOC's 500, and memory grows with the area: better shrink them")
-    problems = list(dict.fromkeys(problems))
-    for line in problems[:LISTED]:
-        print(f"problem: {line}")
-    if problems:
-        raise InputError(f"{len(problems)} problems in {dataset.root}")
-    print("no problems")
-
-
 def main():
-    commands = Commands(__doc__, {})
-    parser = commands.add(toy, "draw the toy set", common=False)
-    parser.add_argument("--root", type=Path, default=Path("data/toy"), help="folder to draw into")
+    commands = Commands(__doc__, "prepare")
+    parser = commands.add(toy, "draw the toy set", is_run=False)
+    parser.add_argument("--root", type=Path, default=TOY, help="folder to draw into")
     parser.add_argument("--seed", type=whole(0, 2 ** 32 - 1), default=0, help="of the drawings")
     parser.add_argument("--train", type=whole(1), default=320, help="training pictures")
     parser.add_argument("--val", type=whole(0), default=80, help="validation pictures")
-    parser = commands.add(voc, "prepare PASCAL VOC 2012", common=False)
+    parser = commands.add(voc, "prepare PASCAL VOC 2012", is_run=False)
     parser.add_argument("--root", type=Path, required=True, help="the devkit's VOC2012, or where to download to")
     parser.add_argument("--sbd", type=Path, help="folder with SBD's train.txt and val.txt")
-    parser = commands.add(coco, "prepare MS COCO 2014", common=False)
+    parser = commands.add(coco, "prepare MS COCO 2014", is_run=False)
     parser.add_argument("--root", type=Path, required=True, help="folder with train2014, val2014 and annotations")
     parser.add_argument("--workers", type=whole(0, 256), default=min(8, os.cpu_count() or 1), help="drawing masks")
-    parser = commands.add(check, "look for what would break a stage", common=False)
-    parser.add_argument("--data", type=Path, default=Path("data/toy"), help="data set in VOC layout or labels.txt")
+    parser = commands.add(check, "look for what would break a stage", is_run=False)
+    parser.add_argument("--data", type=Path, default=TOY, help="data set in VOC layout or labels.txt")
     commands.run()
 
 

@@ -1,14 +1,13 @@
 """Kill every stage at random moments, run it again, and look whether anything was lost.
 
-    python tests/kills.py --trials 20 --seed 0                  a table: kills and failures of each stage
-    python tests/kills.py --trials 1 --stages train walk        some stages
+    python tests/scripts/kills.py --trials 20 --seed 0                  a table: kills and failures of each stage
+    python tests/scripts/kills.py --trials 1 --stages train cams        some stages
 
-After the second run the result must be that of a run which nobody disturbed: the same weights and optimizer state bit
-for bit, the same bytes of every file; no temporary file and no unfinished folder may be left, and no worker process.
-Checkpoints are written after every step here, so that many kills meet one. The stages run in forks of this process,
-which saves the seconds of importing torch.
+After the last run the result must be that of a run which nobody disturbed, byte for byte; no temporary file, no
+unfinished folder and no worker process may be left. A trial counts once a kill has met the stage at work. Checkpoints
+are written after every step here, so that many kills meet one. The stages run in forks of this process, which saves
+the seconds of importing torch.
 """
-
 import argparse
 import os
 import random
@@ -20,15 +19,13 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import stage  # noqa: F401 (in a worker: it ends with its parent from here on)
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import bnr
-import engine
-import prepare
 import psa
 import segment
+from wsss import prepare, training
 
 TRAIN = ("--crop", 64, "--batch-size", 4)
 STAGES = {  # name: (script, flags, what it makes in OUT), in order; the toy set is drawn into OUT itself
@@ -39,24 +36,23 @@ STAGES = {  # name: (script, flags, what it makes in OUT), in order; the toy set
     "affinity": (psa, ("train", *TRAIN, "--width", 2, "--epochs", 2), "affinitynet"),
     "walk": (psa, ("walk",), "pseudo_labels"),
     "segmenter": (segment, ("train", *TRAIN, "--width", 2, "--iterations", 6), "segmenter"),
-    "predict": (segment, ("predict", "--scales", 0.5), "segmentation"),
-}
+    "predict": (segment, ("predict", "--scales", 0.5), "segmentation")}
 POOLED = ("labels", "walk", "predict")  # in every fifth trial with two workers
+OFTEN = 20  # times that a trial may miss the stage
 
 
 def start(name, data, out, workers):
     """The stage in a fork of this process, the first of a session of its own. -> its process id"""
     script, flags, makes = STAGES[name]
     where = ("--data", data, "--out", out, "--preset", "toy", "--device", "cpu", "--workers", workers)
-    child = os.fork()
-    if child:
+    if child := os.fork():
         return child
     os.setsid()
     status = 1
     try:
         log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
-        engine.SAVE_SECONDS, engine.LOG_STEPS = 0, 1
+        training.SAVE_SECONDS, training.LOG_STEPS = 0, 1
         sys.argv = [script.__file__, *map(str, flags), *map(str, where if makes else ("--root", out))]
         script.main()
         status = 0
@@ -72,11 +68,11 @@ def start(name, data, out, workers):
 
 def complete(name, data, out, workers=0):
     """Run the stage to its end. -> seconds"""
-    begun = time.time()
+    begun = time.monotonic()
     _, status = os.waitpid(start(name, data, out, workers), 0)
     if status:
         raise SystemExit(f"{name} failed:\n{Path(f'{out}.log').read_text()}")
-    return time.time() - begun
+    return time.monotonic() - begun
 
 
 def living(session):
@@ -93,51 +89,52 @@ def living(session):
 
 
 def outcome(name, out):
-    """What the stage made, to be compared."""
-    makes = STAGES[name][2]
-    if makes and (out / f"{makes}.pth").is_file():
-        saved = torch.load(out / f"{makes}.pth", weights_only=True)
-        return {key: saved[key] for key in ("model", "optimizer", "step")}
-    folder = out / makes if makes else out
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What the stage made, to be compared: bytes of files, values of tensors, no id."""
+    folder = out / (STAGES[name][2] or "")
+    found = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    kept = {key: path.read_bytes() for key, path in found.items() if path.suffix in (".npz", ".png", ".jpg", ".txt")}
+    if (path := folder / "model.pth").is_file() and STAGES[name][2]:
+        model = torch.load(path, weights_only=True)["model"]
+        kept.update({key: tensor.numpy().tobytes() for key, tensor in model.items()})
+    return kept
 
 
-def equal(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
+def kill(name, data, out, moment, workers):
+    """Start the stage and kill it after so many seconds. -> whether it was still at work, what is wrong in words"""
+    child = start(name, data, out, workers)
+    time.sleep(moment)
+    met = os.waitpid(child, os.WNOHANG)[0] == 0
+    if met:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    for _ in range(50):  # workers look once a second whether their parent is there, 10 s is for a busy machine
+        if not (left := living(child)):
+            break
+        time.sleep(0.2)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    return met, [f"workers outlive their parent: {left}"] if left else []
 
 
-def trial(name, data, whole, out, moments, workers):
-    """Kill the stage at these moments (seconds after its start), then complete it. -> kills, what is wrong in words"""
-    wrong, kills = [], 0
-    for moment in moments:
-        child = start(name, data, out, workers)
-        time.sleep(moment)
-        kills += os.waitpid(child, os.WNOHANG)[0] == 0
-        try:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass  # it was done
-        for _ in range(50):  # workers look once a second whether their parent is there, 10 s is for a busy machine
-            if not (left := living(child)):
-                break
-            time.sleep(0.2)
-        if left:
-            wrong.append(f"workers outlive their parent: {left}")
-        for process in left:
-            os.kill(process, signal.SIGKILL)
+def trial(name, data, before, whole, out, seconds, rng, workers):
+    """Kill the stage once or twice, then complete it. -> kills, what is wrong in words"""
+    for _ in range(OFTEN):
+        if before:
+            shutil.copytree(before, out)
+        moments = [rng.uniform(0, 0.95 * seconds) for _ in range(rng.choice([1, 1, 2]))]
+        each = [kill(name, data, out, moment, workers) for moment in moments]
+        kills, wrong = sum(met for met, _ in each), [line for _, lines in each for line in lines]
+        if kills:
+            break
+        shutil.rmtree(out)
     complete(name, data, out)
-    if not equal(outcome(name, whole), outcome(name, out)):
+    if outcome(name, whole) != outcome(name, out):
         wrong.append("the result is another one")
-    if litter := [path.name for pattern in (".*.tmp", "*.part*", "*.old") for path in out.rglob(pattern)]:
+    litter = [path.name for path in out.rglob("*") if path.name.endswith((".wsss", ".part", ".part.json", ".earlier"))]
+    if litter:
         wrong.append(f"left over: {litter}")
-    return kills, wrong
+    shutil.rmtree(out)
+    return kills, [f"{name}, killed after {moments}: {line}" for line in wrong]
 
 
 def main():
@@ -150,38 +147,31 @@ def main():
     rng, failures = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
         data, whole, out = Path(folder, "drawn"), Path(folder, "whole"), Path(folder, "out")
-        complete("drawing", data, data)
         last = max(list(STAGES).index(name) for name in args.stages)
-        for name in list(STAGES)[: last + 1]:
-            makes, before = STAGES[name][2], Path(folder, "before")
-            shutil.rmtree(before, ignore_errors=True)
-            if makes and whole.is_dir():
+        for name in list(STAGES)[:last + 1]:
+            makes, before = STAGES[name][2], None
+            if makes:
+                whole.mkdir(exist_ok=True)
+                before = Path(folder, f"before_{name}")
                 shutil.copytree(whole, before)
-            elif makes:
-                before.mkdir()
-            seconds = {0: complete(name, data, whole if makes else data.with_name("again"))}
+            undisturbed = whole if makes else data
+            seconds = {0: complete(name, data, undisturbed)}
             if name not in args.stages:
                 continue
             killed, failed = 0, []
             if name in POOLED and args.trials >= 5:
                 shutil.copytree(before, out)
                 seconds[2] = complete(name, data, out, workers=2)
-                if not equal(outcome(name, whole), outcome(name, out)):
+                if outcome(name, whole) != outcome(name, out):
                     failed.append(f"{name}: other bytes of two workers")
                 shutil.rmtree(out)
             for n in range(args.trials):
-                if makes:
-                    shutil.copytree(before, out)
                 workers = 2 if n % 5 == 4 and name in POOLED else 0
-                moments = [rng.uniform(0, 0.95 * seconds[workers]) for _ in range(rng.choice([1, 1, 2]))]
-                kills, wrong = trial(name, data, whole if makes else data, out, moments, workers)
+                kills, wrong = trial(name, data, before, undisturbed, out, seconds[workers], rng, workers)
                 killed += kills
-                failed += [f"{name}, killed after {moments}: {what}" for what in wrong]
-                shutil.rmtree(out, ignore_errors=True)
-            print(
-                f"{name:10} {args.trials:4} trials {killed:4} kills within {seconds[0]:5.1f} s, {len(failed)} failures",
-                flush=True,
-            )
+                failed += wrong if kills else [*wrong, f"{name}: no kill met it in {OFTEN} tries"]
+            counts = f"{args.trials:4} trials {killed:4} kills within {seconds[0]:5.1f} s, {len(failed)} failures"
+            print(f"{name:10} {counts}", flush=True)
             print("".join(f"  {line}\n" for line in failed), end="", flush=True)
             failures += len(failed)
     sys.exit(f"{failures} failures" if failures else None)

@@ -1,12 +1,11 @@
 """Whether memory and open files stay level: thousands of training steps and of exports at toy size.
 
-    python tests/soak.py                       2,000 steps of each training, 2,000 photos through each export
-    python tests/soak.py --count 200 --stages train cams
+    python tests/scripts/soak.py               2,000 steps of each training, 2,000 photos through each export
+    python tests/scripts/soak.py --count 200 --stages train cams
 
 Prints resident memory and the number of open files at each quarter of each stage; exit status 1 where the memory of the
 last quarter is more than 5 % and 20 MB above that of the second.
 """
-
 import argparse
 import os
 import shutil
@@ -19,12 +18,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import bnr
-import engine
-import prepare
 import psa
 import segment
+from wsss import prepare, training
 
 PICTURES = 20  # are drawn; the list names each many times over, by links
 COMMON = ("--preset", "toy", "--device", "cpu", "--workers", 0)
@@ -65,11 +63,11 @@ def draw(data, count):
 
 def watch(samples, done):
     """Seconds, resident MB and open files of this process, ten times a second."""
-    begun = time.time()
+    begun = time.monotonic()
     while not done.wait(0.1):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         samples.append(
-            (time.time() - begun, pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd")))
+            (time.monotonic() - begun, pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd")))
         )
 
 
@@ -78,7 +76,7 @@ def main():
     parser.add_argument("--count", type=int, default=2000, help="steps, and photos")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     args = parser.parse_args()
-    engine.SAVE_SECONDS, report, grown = 5, [], False
+    training.SAVE_SECONDS, report, grown = 5, [], False
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder, "data"), Path(folder, "out")
         draw(data, args.count)

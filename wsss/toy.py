@@ -1,6 +1,6 @@
 """Pictures of the toy set: animals of one fur from head to tail, told apart by marks, before five scenes.
 
-`python prepare.py toy` draws them. The same pixels for the same generator.
+`python -m wsss.prepare toy` draws them. The same pixels for the same generator.
 """
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter

@@ -1,10 +1,9 @@
-"""ResNet-38 (Wu et al. 2019), the backbone of AffinityNet and of the segmenter, and torchvision's ResNets as stand-ins.
+"""ResNet-38 (Wu et al. 2019), backbone of AffinityNet and segmenter, and torchvision's ResNet-50 as a stand-in.
 
 The networks, their weight files (MXNet's .params, PSA's or SEAM's .pth, torchvision's), and PSA's optimizer.
 """
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,17 +11,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from commands import add_training_flags, real, whole
-from engine import load_weights, read_weights
-from stage import FlagError, InputError, digest
+from wsss.stage import FlagError, InputError
+from wsss.weights import fetch, load_weights, read_trained, read_weights, say_file
 
 RESNET38 = "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"  # its ImageNet weights
 FITS = {  # of each flag, how a message ends that tells which file fits
     "resnet38": f": {RESNET38}, or PSA's or SEAM's .pth, fits",
-    "backbone_weights": ": torchvision's resnet50 or resnet101 on ImageNet, as --backbone says, fits"}
+    "backbone_weights": ": torchvision's resnet50 on ImageNet fits"}
 MXNET_NAMES = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_var": "running_var"}
-NARROW = {  # defaults of presets that train from scratch in little time
-    "from_scratch": True, "width": 4, "dropout": 0.0, "optimizer": "adamw", "lr": 3e-3}
 
 
 class ResBlock(nn.Module):
@@ -102,7 +98,7 @@ class ResNet38(nn.Module):
 
 
 class ResNetStages(nn.Module):
-    """torchvision's resnet50 or resnet101, dilated to stride 8; its layer2, 3, 4 stand in for conv4, conv5, conv6."""
+    """torchvision's resnet50, dilated to stride 8; its layer2, 3, 4 stand in for conv4, conv5, conv6."""
 
     FROZEN = ("conv1", "bn1", "layer1")
 
@@ -138,31 +134,15 @@ def load_backbone(backbone, name, path):
         state = read_resnet38(path, hint)
     else:
         path = path or fetch(name)
-        state = read_weights(path, hint)
-        state = state.get("model", state)
-    if isinstance(state, dict):
-        state = {key: value for key, value in state.items() if not str(key).startswith("fc.")}
+        state = {key: value for key, value in read_weights(path, hint)[0].items() if not key.startswith("fc.")}
     load_weights(backbone, state, path, hint=hint)
-
-
-def fetch(name):
-    """torchvision's ImageNet weights of a backbone -> the file in torch's cache, downloaded where it is not there"""
-    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, path, hash_prefix=path.stem.rsplit("-", 1)[1])
-        except (OSError, RuntimeError) as error:  # no network, or not the file that its name promises
-            raise InputError(f"cannot fetch {url} ({error}): give a file, --backbone-weights") from None
-    return path
 
 
 def read_resnet38(path, hint=""):
     """ResNet-38's weights, from the MXNet file or a .pth of PSA or SEAM, less their heads. -> name: tensor"""
     if path.suffix != ".params":
         known = ResNet38(1).state_dict()
-        return {k: v for k, v in read_weights(path, hint).items() if k in known}
+        return {k: v for k, v in read_weights(path, hint)[0].items() if k in known}
     out = {}
     for name, array in read_mxnet(path, hint).items():
         known = re.fullmatch(r"(?:arg|aux):(.+?)_(weight|bias|gamma|beta|moving_mean|moving_var)", name)
@@ -181,9 +161,7 @@ def read_resnet38(path, hint=""):
 
 def read_mxnet(path, hint=""):
     """Arrays of an MXNet .params file in any of its three on-disk forms, numpy only. -> name: float32 array"""
-    if not path.is_file():
-        raise InputError(f"no weight file {path}{hint}")
-    print(f"{path}: sha256 {digest(path)}...")
+    say_file(path, hint)
     raw, at = path.read_bytes(), 0
 
     def take(kind, *shape):
@@ -250,12 +228,19 @@ def start_network(make, args):
     return place(make(backbone), args.device), network
 
 
-def make_optimizer(model, args, new, momentum):
-    """SGD with PSA's groups, or AdamW for short trainings, where SGD learns next to nothing from scratch (ours)."""
-    if args.optimizer == "adamw" and args.from_scratch:
-        return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    groups = parameter_groups(model, new, args.lr, args.weight_decay)
-    return torch.optim.AdamW(groups) if args.optimizer == "adamw" else torch.optim.SGD(groups, args.lr, momentum)
+def load_network(out, name, make, device):
+    """OUT/NAME/model.pth -> the network, `make(backbone, tensors by name)`"""
+    state, network = read_trained(out, name)
+    net = make(make_backbone(**network), state)
+    load_weights(net, state, out / name / "model.pth")
+    return place(net, device).eval()
+
+
+def make_optimizer(model, new, lr, weight_decay, momentum, kind="sgd"):
+    """SGD with PSA's groups; or AdamW at one rate for short trainings from scratch, where SGD learns little (ours)."""
+    if kind == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
+    return torch.optim.SGD(parameter_groups(model, new, lr, weight_decay), lr, momentum)
 
 
 def parameter_groups(model, new, lr, weight_decay):
@@ -267,18 +252,3 @@ def parameter_groups(model, new, lr, weight_decay):
             groups.setdefault((factor, name.endswith("bias")), []).append(parameter)
     return [{"params": parameters, "lr": lr * factor, "weight_decay": 0 if bias else weight_decay}
             for (factor, bias), parameters in groups.items()]
-
-
-def add_network_flags(parser):
-    """Flags of the two trainings that start from ResNet-38 or a stand-in."""
-    parser.add_argument("--backbone", choices=("resnet38", "resnet50", "resnet101"), default="resnet38",
-                        help="resnet38 is the published one")
-    parser.add_argument("--width", type=whole(1, 256), default=64, help="channels of ResNet-38's stem; 64 is published")
-    parser.add_argument("--resnet38", type=Path, help="its ImageNet weights: MXNet's .params, or PSA's .pth")
-    parser.add_argument("--backbone-weights", type=Path, help="file for resnet50 or resnet101 (default: torchvision's)")
-    parser.add_argument("--dropout", type=real(0, 1), default=1.0, help="factor on the published dropout rates")
-    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd",
-                        help="adamw is ours, for short trainings")
-    parser.add_argument("--crop", type=whole(16, 4096), default=448, help="side of the square crops, pixels")
-    parser.add_argument("--weight-decay", type=real(0), default=5e-4, help="on weights, not on biases")
-    add_training_flags(parser)

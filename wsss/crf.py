@@ -1,6 +1,6 @@
 """The dense CRF (Kraehenbuehl & Koltun 2011) of pydensecrf: as published, and with all absent labels merged into one.
 
-    from crf import CRF_LABELS, crf_from_labels
+    from wsss.crf import CRF_LABELS, crf_from_labels
     labels = crf_from_labels(photo, labels, num_classes, **CRF_LABELS)
 """
 import numpy as np

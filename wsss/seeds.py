@@ -1,6 +1,6 @@
 """Seeds: class maps scaled to [0, 1], thresholded (Sec. 3.4 of the paper), and the file that they are kept in.
 
-Apart from bnr.py, as bnr.py scores its seeds while it trains (evaluate.py), and evaluate.py reads seeds.
+bnr.py writes them; psa.py, evaluate.py and report.py read them.
 """
 import zipfile
 import zlib
@@ -9,11 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import DataSet
-from stage import InputError, note_stale, read_record, write
+from wsss.stage import InputError, write
 
 UNREADABLE = (OSError, ValueError, LookupError, EOFError, RuntimeError, TypeError, MemoryError, SyntaxError,
-              zipfile.BadZipFile, zlib.error)  # of numpy, and of maps that are none
+              zipfile.BadZipFile, zlib.error)  # of numpy, and of files that hold something else
 
 
 def normalise(cams, eps=1e-5):
@@ -58,8 +57,8 @@ def combine_scales(maps, size):
     return normalise(torch.stack(resized).sum(0).clamp(min=0))
 
 
-def write_seeds(path, classes, size, **maps):
-    """An .npz of `classes` (int64, 1..K), `size` (H, W) and, for each name, one (len(classes), h, w) a scale.
+def write_seeds(path, classes, size, maps):
+    """An .npz of `classes` (int64, 1..K), `size` (H, W) and the maps: {name: list of (k, h, w), one a scale}.
 
     The low-resolution sums hold everything: resizing and summing are linear, and `read_seeds` does them.
     """
@@ -87,14 +86,3 @@ def read_seeds(path, name="refined"):
         winner = read_seeds(path, "plain")[1].argmax(0)
         cams = np.stack([np.where(winner == k, cams[0], 0) for k in range(len(classes))])
     return classes, cams
-
-
-def export(args):
-    """Write the seeds of every photo as DIR/ID/CLASS.npy, float32 (H, W) in [0, 1], for other people's code."""
-    dataset, folder = DataSet(args.data), args.out / "cams"
-    read_record(args.out, "cams")
-    note_stale(args.out)
-    for path in sorted(folder.rglob("*.npz")):
-        for c, cam in zip(*read_seeds(path)):
-            to = args.to / path.relative_to(folder).with_suffix("") / f"{dataset.classes[c - 1]}.npy"
-            write(to, lambda file, cam=cam: np.save(file, cam))

@@ -1,6 +1,6 @@
-"""Run the code blocks of docs/walkthrough.md in order, on a run; write anew what each prints, and the page's pictures.
+"""Run the code blocks of docs/walkthrough.md in order, on a run; write again what each prints, and the page's pictures.
 
-    python tests/walkthrough.py docs/walkthrough.md data/toy out/toy
+    python tests/scripts/walkthrough.py docs/walkthrough.md data/toy out/toy
 """
 import contextlib
 import io
@@ -8,8 +8,8 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import stage  # noqa: E402, found by the line above
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from wsss.stage import read_text, write  # noqa: E402, found by the line above
 
 
 def rewrite(page, root, out):
@@ -25,8 +25,8 @@ def rewrite(page, root, out):
         printed = "".join(f"{line}\n" for line in printed.getvalue().splitlines() if "sha256" not in line)
         return f"```python\n{block[1]}```\n" + (f"```text\n{printed}```\n" if printed else "")
 
-    text = re.sub(r"```python\n(.*?)```\n(```text\n.*?```\n)?", run, stage.read_text(page), flags=re.DOTALL)
-    stage.write(page, lambda file: file.write(text.encode()))
+    text = re.sub(r"```python\n(.*?)```\n(```text\n.*?```\n)?", run, read_text(page), flags=re.DOTALL)
+    write(page, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Plain forms against ours: that both give the same result, and how much less time, memory or disk ours takes.
+"""Plain forms against ours: that both give the same result, and how much less time or memory ours takes.
 
-    python tests/benchmark.py                      every row but cards and bf16, a quarter of an hour on a CPU
-    python tests/benchmark.py --only walk crf      these rows alone
-    python tests/benchmark.py --quick              smaller sizes, for which no goal is set
-    python tests/benchmark.py --only bf16 --out out/toy   what mixed precision changes in the seeds of a run
+    python tests/scripts/benchmark.py                                 every row but bf16, a quarter of an hour on a CPU
+    python tests/scripts/benchmark.py --only walk crf                 these rows alone
+    python tests/scripts/benchmark.py --quick                         smaller sizes, for which no goal is set
+    python tests/scripts/benchmark.py --only bf16 --out out/toy       what mixed precision changes in the seeds of a run
 
 The plain form of a row is its equation as the published code (TransCAM's, PSA's) computes it. Both forms take turns
 in one process, and the median counts; peak memory is what a form adds in a fresh process. Exit status 1 where they
@@ -12,7 +12,6 @@ disagree.
 import argparse
 import copy
 import gc
-import json
 import statistics
 import sys
 import tempfile
@@ -23,20 +22,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from conftest import largest_difference, plain_crf, run_process  # also puts the repository on the path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import largest_difference, plain_crf  # also puts the repository on the path
 
 import bnr
 import conformer
-import crf as dense
-import data
-import engine
-import evaluate
 import psa
-import resnet38
-import seeds
 import segment
-import toy
-from stage import read_record
+from wsss import resnet38, seeds, training
+from wsss.crf import CRF_LABELS, crf_from_labels
+from wsss.data import DataSet, Images
+from wsss.images import read_image, square
+from wsss.pool import autocast, peak_memory
+from wsss.stage import read_record
+from wsss.toy import toy_picture
+from wsss.weights import read_trained
 
 LINE = "{:<11}{:<41}{:>12}{:>12}{:>9}{:>13} {:<8}{:>10}"
 FOREGROUND = 20  # classes of PASCAL VOC
@@ -90,9 +91,9 @@ def peak(which, forms, *sizes):
         before = torch.cuda.memory_allocated()
         form()
         return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    before = engine.peak_memory()
+    before = peak_memory()
     form()
-    return (engine.peak_memory() - before) * 1e9 / 2 ** 20
+    return (peak_memory() - before) * 1e9 / 2 ** 20
 
 
 def memory(*job):
@@ -106,38 +107,6 @@ def memory(*job):
 def plain_attention(attns):
     """Eqs. 3, 4 of every block's A, all kept. list of (B, H, 1+N, 1+N) -> (B, N, N)"""
     return bnr.sum_over_blocks([bnr.mean_over_heads(attn) for attn in attns])
-
-
-def attention_forms(backward, side, device):
-    """M* of Conformer-S's shapes, or GAP(M**) with the gradients of L_M**; N = side * side. -> plain, ours"""
-    torch.manual_seed(0)
-    qks = [torch.randn(2, 1, 6, 1 + side * side, 64, device=device, requires_grad=backward) for _ in range(12)]
-    cam = torch.randn(1, FOREGROUND, side, side, device=device, requires_grad=backward)
-    labels = torch.eye(FOREGROUND, device=device)[:1]
-
-    def with_gradients(z):
-        return z.detach(), *torch.autograd.grad(bnr.soft_margin_loss(z, labels), [cam, *qks])
-
-    def plain():
-        attn = plain_attention([bnr.attention(q, k) for q, k in qks])
-        refined = bnr.refined_cam(attn, cam)
-        return with_gradients(bnr.noisy_cam(attn, refined, len(qks), 1).mean((2, 3))) if backward else refined
-
-    def ours():
-        refined = bnr.attend(qks, cam)
-        return with_gradients(bnr.noisy_logits(qks, refined, 1)) if backward else refined
-    return plain, ours
-
-
-def attention(args):
-    """M* forward and its peak memory, M** forward and backward."""
-    sides = ((12, None), (24, None)) if args.quick else ((32, on_cpu(args, 1)), (48, on_cpu(args, 1.7)))
-    for backward, what, tolerance in ((False, "M* forward", 1e-5), (True, "M** forward, backward", 1e-4)):
-        for side, goal in sides:
-            forms = attention_forms(backward, side, args.device)
-            race(args, "attention", f"{what}, N={side ** 2}", *forms, goal, tolerance)
-    job = attention_forms, False, sides[-1][0], args.device
-    note(args, "attention", f"M* peak memory, N={sides[-1][0] ** 2}", memory(0, *job), memory(1, *job), "MiB", goal=10)
 
 
 def pair_places(height, width, radius):
@@ -183,14 +152,14 @@ def walk(args):
 def crf(args):
     """Dense CRF from a label map with three of the S labels present."""
     height, width = (90, 130) if args.quick else (300, 451)
-    photo = np.array(toy.toy_picture(np.random.RandomState(1))[0].resize((width, height)))
+    photo = np.array(toy_picture(np.random.RandomState(1))[0].resize((width, height)))
     labels = draw_mask(np.random.RandomState(0), height, width, (0, 8, 15))
     for num_classes, goal, repeats in ((21, 1.7, args.repeats), (81, 4, min(2, args.repeats))):
         def plain():
             return plain_crf(photo, labels, num_classes).argmax(0)
 
         def ours():
-            return dense.crf_from_labels(photo, labels, num_classes, **dense.CRF_LABELS)
+            return crf_from_labels(photo, labels, num_classes, **CRF_LABELS)
 
         race(args, "crf", f"{height}x{width}, 3 of {num_classes} labels", plain, ours, goal, repeats=repeats)
 
@@ -201,133 +170,10 @@ def draw_mask(rng, height, width, values):
     return coarse.repeat(30, 0).repeat(30, 1)[:height, :width]
 
 
-def plain_pair_labels(label, radius):
-    """Pairs that are background, of one foreground class, unlike. uint8 (h, w) -> three float32 (34, n)"""
-    edge = radius - 1
-    h, w = label.shape[0] - edge, label.shape[1] - 2 * edge
-    start = label[:h, edge:edge + w].reshape(1, -1)
-    ends = np.stack([label[y:y + h, edge + x:edge + x + w].reshape(-1) for y, x in psa.offsets(radius)])
-    valid, same = (start != data.VOID) & (ends != data.VOID), start == ends
-    kinds = same & (start == 0), same & (start != 0) & valid, ~same & valid
-    return [torch.from_numpy(kind.astype(np.float32)) for kind in kinds]
-
-
-def plain_affinity_loss(features, labels, start, ends):
-    """Gathers the features of all pairs. features: (B, C, h, w), labels: uint8 (B, h, w) -> scalar"""
-    flat = features.flatten(2)
-    first = torch.index_select(flat, 2, start)[:, :, None]  # (B, C, 1, n)
-    second = torch.index_select(flat, 2, ends.flatten()).unflatten(2, ends.shape)  # (B, C, 34, n)
-    affinities = torch.exp(-(second - first).abs().mean(1))
-    kinds = zip(*(plain_pair_labels(label, psa.RADIUS) for label in labels))
-    background, same, unlike = (torch.stack(kind).to(features.device) for kind in kinds)
-    positive, negative = -torch.log(affinities + 1e-5), -torch.log(1 + 1e-5 - affinities)
-    terms = ((1 / 4, background, positive), (1 / 4, same, positive), (1 / 2, unlike, negative))
-    return sum(weight * (chosen * loss).sum() / (chosen.sum() + 1e-5) for weight, chosen, loss in terms)
-
-
 def our_affinity_loss(features, labels):
     """What psa.py's training computes. features: (B, C, h, w), labels: uint8 (B, h, w) -> scalar"""
     kinds = psa.kinds_of(labels, psa.RADIUS)
     return psa.affinity_loss(psa.affinities(features, psa.RADIUS), kinds, [kind.sum() for kind in kinds])
-
-
-def affinity(args):
-    """AffinityNet's pair labels and loss, forward and backward to the features."""
-    torch.manual_seed(0)
-    batch, side = (2, 28) if args.quick else (8, 56)
-    features = (0.3 * torch.randn(batch, 448, side, side)).to(args.device).requires_grad_()
-    masks = [draw_mask(np.random.RandomState(n), 8 * side, 8 * side, (0, 3, 7, data.VOID)) for n in range(batch)]
-    labels = np.stack([mask[::8, ::8] for mask in masks])
-    start, ends = (x.to(args.device) for x in pair_places(side, side, psa.RADIUS))
-
-    def with_gradient(loss):
-        return loss.detach(), torch.autograd.grad(loss, features)[0]
-
-    def ours():
-        on_device = torch.from_numpy(labels).to(args.device)
-        return with_gradient(our_affinity_loss(features, on_device))
-
-    race(args, "affinity", f"{batch}x448x{side}x{side}, with backward",
-         lambda: with_gradient(plain_affinity_loss(features, labels, start, ends)), ours, on_cpu(args, 3), 1e-4)
-
-
-def draw_seeds(folder, name, size):
-    """M* of two classes and three scales, written as ours and as published: full size, float32. -> path, path"""
-    rng, classes = np.random.RandomState(len(name)), np.array([3, 7])
-    maps = [rng.rand(2, side, side).astype(np.float32) for side in SCALES]
-    resized = [F.interpolate(torch.from_numpy(m)[None], size, mode="bilinear", align_corners=False)[0] for m in maps]
-    full = sum(resized).numpy()
-    low, high = full.min((1, 2), keepdims=True), full.max((1, 2), keepdims=True)
-    full[full < low + 1e-5] = 0
-    full = ((full - low - 1e-5) / (high - low + 1e-5)).clip(0)
-    seeds.write_seeds(folder / f"{name}.npz", classes, size, refined=maps)
-    np.save(folder / f"{name}.npy", dict(zip(classes.tolist(), full)))
-    return folder / f"{name}.npz", folder / f"{name}.npy"
-
-
-def read_plain_seeds(path):
-    """-> classes (k,), maps (k, H, W)"""
-    maps = np.load(path, allow_pickle=True).item()
-    return np.array(list(maps)), np.stack(list(maps.values()))
-
-
-def plain_threshold(path, threshold, num_classes):
-    """Reads the seed file and puts the threshold beside its maps and those of the absent classes. -> uint8 (H, W)"""
-    classes, maps = read_plain_seeds(path)
-    scores = np.zeros((num_classes, *maps.shape[1:]), np.float32)
-    scores[classes - 1], scores[-1] = maps, threshold  # last: at equality the class wins, as in the paper
-    return ((scores.argmax(0) + 1) % num_classes).astype(np.uint8)
-
-
-def files(args):
-    """Bytes of a seed file, and what is read from it."""
-    with tempfile.TemporaryDirectory() as folder:
-        ours, plain = draw_seeds(Path(folder), "seed", (375, 500))
-        difference = largest_difference(seeds.read_seeds(ours)[1], read_plain_seeds(plain)[1])
-        sizes = [path.stat().st_size / 1000 for path in (plain, ours)]
-        note(args, "files", "375x500, 2 classes, 3 scales", *sizes, "KB", limit=60, difference=difference,
-             tolerance=1e-5)
-
-
-def sweep(args):
-    """Confusion matrices of seeds at 60 thresholds, files read included."""
-    size, S = (375, 500), 1 + FOREGROUND
-    with tempfile.TemporaryDirectory() as folder:
-        names = [Path(folder) / f"{'x' * n}.png" for n in range(1, 2 if args.quick else 4)]
-        files = [draw_seeds(Path(folder), name.stem, size) for name in names]
-        for n, name in enumerate(names):
-            data.write_mask(name, draw_mask(np.random.RandomState(n), *size, (0, 3, 7, data.VOID)))
-
-        def plain():
-            return np.stack([sum(evaluate.confusion(data.read_mask(name), plain_threshold(path, threshold, S), S)
-                                 for name, (_, path) in zip(names, files)) for threshold in evaluate.THRESHOLDS])
-
-        def ours():
-            return sum(evaluate.confusion_over_thresholds(data.read_mask(name), *seeds.read_seeds(path), S)
-                       for name, (path, _) in zip(names, files))
-
-        # A value that rounds to the other side of a threshold moves a pixel, of half a million.
-        race(args, "sweep", f"{len(names)} seeds, 60 thresholds", plain, ours, 30, 1e-4)
-
-
-def plain_iou(mask, prediction, num_classes):
-    """Pixels of the mask, of the prediction, and of both, a class at a time. -> (S,)"""
-    seen, out = mask < data.VOID, np.full(num_classes, np.nan)
-    hit = (mask == prediction) * seen
-    for c in range(num_classes):
-        of_prediction, of_mask = ((prediction == c) * seen).sum(), ((mask == c) * seen).sum()
-        of_both = ((mask == c) * hit).sum()
-        if of_mask + of_prediction:
-            out[c] = of_both / (of_mask + of_prediction - of_both)
-    return out
-
-
-def confusion(args):
-    """IoU of each class of one mask."""
-    values = tuple(range(1 + FOREGROUND)) + (data.VOID,)
-    mask, prediction = (draw_mask(np.random.RandomState(n), 375, 500, values[:len(values) - n]) for n in (0, 1))
-    race(args, "confusion", "375x500, 21 classes", lambda: np.nan_to_num(plain_iou(mask, prediction, 21), nan=-1),
-         lambda: np.nan_to_num(evaluate.iou(evaluate.confusion(mask, prediction, 21)), nan=-1), 5, 1e-12)
 
 
 class PlainAttention(conformer.Attention):
@@ -355,7 +201,7 @@ def conformers(device):
 
 def mixed(device, amp=None):
     """Autocast as a run has it; amp None: on a GPU"""
-    return engine.autocast(device, device.type == "cuda" if amp is None else amp)
+    return autocast(device, device.type == "cuda" if amp is None else amp)
 
 
 def export_forms(batch, sides, device, amp=None):
@@ -448,13 +294,12 @@ def loader(args):
     cuda = args.device.type == "cuda"
     batch, side, count = (8, 512, 100) if cuda else (1, 128 if args.quick else 512, 4)
     step = train_forms(batch, side, args.device)[1]
-    flags = argparse.Namespace(device=args.device, workers=8, seed=0, batch_size=batch)
     with tempfile.TemporaryDirectory() as folder:
         for n in range(8):
-            picture = toy.toy_picture(np.random.RandomState(n))[0].resize((500, 375))
+            picture = toy_picture(np.random.RandomState(n))[0].resize((500, 375))
             picture.save(f"{folder}/{n}.jpg", quality=95)
         prepare = bnr.augment(side, (320, 640))
-        images = data.Images(lambda name: f"{folder}/{name}.jpg", [n % 8 for n in range(batch * count)],
+        images = Images(lambda name: f"{folder}/{name}.jpg", [n % 8 for n in range(batch * count)],
                              lambda name, photo: prepare(photo))
         alone = statistics.median(seconds(lambda: images[n % len(images)], torch.device("cpu"))[0] for n in range(24))
 
@@ -463,7 +308,7 @@ def loader(args):
                 step()
 
         def loaded():
-            for photos in data.Batches(images, flags).load(0, count):
+            for photos in training.Batches(images, batch, 0, args.device, 8).load(0, count):
                 step(photos.to(args.device, non_blocking=True))
 
         ready()
@@ -473,71 +318,22 @@ def loader(args):
 
 
 def bf16(args):
-    """What mixed precision changes in the seeds of the run in --out: values scaled to [0, 1], and their best mIoU."""
-    record = read_record(args.out, "classifier")
-    dataset = data.DataSet(record["data"])
-    model, network = bnr.load_classifier(args.out / "classifier.pth", dataset.num_classes, args.device)
-    scales = read_record(args.out, "cams")["settings"]["scales"]
-    ids = dataset.ids("train")[:8 if args.quick else None]
-    largest, means, counts = 0, [], {False: 0, True: 0}
+    """What mixed precision changes in the seeds of the run in --out: values scaled to [0, 1]."""
+    record = read_record(args.out, "cams")
+    dataset, scales = DataSet(record["data"]), record["settings"]["scales"]
+    state, network = read_trained(args.out, "classifier")
+    model = bnr.build_classifier(state, network, len(dataset.classes), args.out, args.device)
+    ids, gaps = dataset.ids("train")[:8 if args.quick else None], []
     for name, labels in zip(ids, dataset.labels(ids)):
-        photo, own = data.read_image(dataset.image(name)), labels.nonzero()[:, 0]
-        sides = bnr.sides(network["crop"], scales)
-        photos, found = [data.square(side)(photo)[None].to(args.device) for side in sides], {}
+        photo, own, found = read_image(dataset.image(name)), labels.nonzero()[:, 0], []
+        photos = [square(side)(photo)[None].to(args.device) for side in bnr.sides(network["crop"], scales)]
         for amp in (False, True):
             maps = bnr.multi_scale(model, photos, labels[None], ["refined"], args.device, amp)["refined"]
-            found[amp] = seeds.combine_scales([scale[0, own] for scale in maps], photo.size[::-1]).numpy()
-            if dataset.mask(name).is_file():
-                counts[amp] += evaluate.confusion_over_thresholds(
-                    data.read_mask(dataset.mask(name)), own.numpy() + 1, found[amp], dataset.num_classes)
-        gap = np.abs(found[True] - found[False])
-        largest, means = max(largest, gap.max()), [*means, gap.mean()]
-    scores = [evaluate.best_threshold(counts[amp])["miou"] for amp in (False, True)]
-    note(args, "bf16", f"{len(ids)} seeds, mIoU: float32, bf16", *scores, "%", difference=largest, tolerance=1)
-    print(f"mIoU {scores[0]:.2f} and {scores[1]:.2f}; largest difference {largest:.4f}, mean {np.mean(means):.5f}")
-
-
-def cards(args):
-    """Peak memory of the trainings at their published sizes, mixed precision: two steps of the real commands."""
-    with tempfile.TemporaryDirectory() as folder:
-        root, out, weights = Path(folder, "toy"), Path(folder, "out"), Path(folder, "resnet38.pth")
-        torch.save(resnet38.ResNet38().state_dict(), weights)  # with --from-scratch more layers would train
-        at = "--data", root, "--out", out, "--device", args.device
-        run_process("prepare.py", "toy", "--root", root, "--train", 20, "--val", 0)
-        for script, *rest in (("bnr.py", "train", "--epochs", 0), ("bnr.py", "cams"), ("psa.py", "labels")):
-            run_process(script, *rest, *at, "--preset", "toy")
-        train_aug = root / "ImageSets" / "Segmentation" / "train_aug.txt"
-        ids = train_aug.read_text().split()
-        at = *at, "--preset", "voc", "--amp", *(("--crop", 64) if args.quick else ())
-        resnet = "--resnet38", weights
-        for name, batch, script, *rest in (
-                ("classifier", 8, "bnr.py", "--from-scratch", "--epochs", 1),
-                ("affinitynet", 8, "psa.py", *resnet, "--epochs", 1),
-                ("segmenter", 10, "segment.py", *resnet, "--iterations", 2, "--labels", root / "SegmentationClass")):
-            for part in (batch, 4, 2, 1):
-                train_aug.write_text("\n".join(ids[:2 * part]))
-                record = out / f"{name}.json"
-                # As with --micro-batch, which keeps the whole batch's photos besides (3 MB each) and takes longer.
-                run_process(script, "train", *at, *rest, "--batch-size", part, "--fresh")
-                used = json.loads(record.read_text())["peak_gb"]
-                note(args, "cards", f"{name}, {part} photos at a time", None, used, "GB")
-
-
-def optimizer(args):
-    """AdamW on Conformer-S's tensors: torch's default loop, and fused."""
-    published, model = conformers(args.device)
-    steps = []
-    for net, fused in ((published, False), (model, True)):
-        for p in net.parameters():
-            p.grad = 1e-3 * torch.ones_like(p)
-        steps.append(torch.optim.AdamW(net.parameters(), 5e-5, weight_decay=5e-4, fused=fused).step)
-
-    def form(net, step):
-        step()
-        return net.conv1.weight.detach()
-
-    race(args, "optimizer", "AdamW step, 37 M parameters", lambda: form(published, steps[0]),
-         lambda: form(model, steps[1]), None, 1e-5)
+            found.append(seeds.combine_scales([scale[0, own] for scale in maps], photo.size[::-1]))
+        gaps.append((found[1] - found[0]).abs())
+    largest, mean = max(float(gap.max()) for gap in gaps), statistics.mean(float(gap.mean()) for gap in gaps)
+    what = f"{len(ids)} seeds, mean difference"
+    note(args, "bf16", what, None, mean, "", difference=largest, tolerance=1)
 
 
 def median_of(form, device, repeats=2):
@@ -617,12 +413,11 @@ def stages(args):
 
 
 def main():
-    functions = (attention, walk, crf, affinity, sweep, files, confusion, export, optimizer, train, loader, stages,
-                 cards, bf16)
+    functions = (walk, crf, export, train, loader, stages, bf16)
     rows = {function.__name__: function for function in functions}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=rows, default=list(rows)[:-2],
-                        help="rows to run (default: all but cards and bf16)")
+    parser.add_argument("--only", nargs="+", choices=rows, default=list(rows)[:-1],
+                        help="rows to run (default: all but bf16)")
     parser.add_argument("--out", type=Path, default=Path("out/toy"), help="run of which `bf16` takes the classifier")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each form, less where it takes many seconds")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, no goals")

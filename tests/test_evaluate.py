@@ -1,0 +1,84 @@
+"""Scores: the fast forms against the plain, and what is said beside a table that rests on doubtful data."""
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_set, run
+from small_run import WHERE, finished, here  # noqa: F401
+
+from wsss.images import VOID, read_mask, write_mask
+from wsss.stage import read_json
+
+
+def rows_of(said):
+    """{stage: its line} of a printed table."""
+    table = said[said.index("stage   "):said.index("\n\n", said.index("stage   "))]
+    return {re.split("  +", line)[0]: line for line in table.splitlines()[1:]}
+
+
+def score():
+    return run("wsss.evaluate", *WHERE)
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+def relabel(root):
+    edit(root / "data/labels.txt", "toy_0000 ", "toy_0000 lion ")
+
+
+def rename_a_class(root):
+    edit(root / "data/classes.txt", "lion", "zebra")
+    edit(root / "data/labels.txt", "lion", "zebra")
+
+
+@pytest.mark.parametrize("change", [relabel, rename_a_class])
+def test_rows_made_from_other_labels_or_classes_are_marked(here, change):  # noqa: F811
+    assert "FRESH=1" not in score()
+    change(here)
+    marked = [name for name, line in rows_of(score()).items() if "made from other lists, labels or classes" in line]
+    assert marked == ["classifier", "plain CAM", "refined seeds", "affinity labels", "pseudo labels", "segmenter"]
+
+
+def test_map_stands_beside_the_list_it_was_measured_on(here):  # noqa: F811
+    lists = here / "data/ImageSets/Segmentation"
+    (lists / "val.txt").write_text("toy_0004\n")
+    line = rows_of(score())["classifier"]
+    assert re.search(r"val +2 ", line) and "of another list val: make train FRESH=1" in line
+
+
+def test_photos_of_val_that_were_trained_on_are_told_beside_the_row(here):  # noqa: F811
+    with open(here / "data/ImageSets/Segmentation/train.txt", "a") as file:
+        file.write("toy_0004\n")
+    assert "1 of these photos stand in train_aug or train too, and were trained on" in rows_of(score())["segmenter"]
+
+
+@pytest.mark.parametrize("folder", [("--masks", "data/SegmentationClass"), ()])
+def test_masks_that_show_no_class_are_told_beside_the_table(here, folder):  # noqa: F811
+    for path in Path("data/SegmentationClass").iterdir():
+        mask = read_mask(path)
+        write_mask(path, np.where(mask > 0, VOID, 0))
+    said = run("wsss.evaluate", *WHERE, *folder)
+    assert re.search(r"doubtful: none of \d masks shows a class", said)
+    assert bool(folder) or read_json(here / "out/results.json")["doubts"]
+
+
+def test_a_class_that_its_masks_do_not_show_is_told_where_masks_are_trained_on(here):  # noqa: F811
+    edit(here / "data/labels.txt", "\n", " lion\n")
+    for path in Path("data/SegmentationClass").iterdir():
+        mask = read_mask(path)
+        write_mask(path, np.where(mask == 5, 0, mask))
+    flags = ("--labels", "data/SegmentationClass", "--iterations", 0, "--crop", 64, "--batch-size", 2, "--width", 1)
+    said = run("segment", "train", "--data", "data", "--out", "new", *WHERE[4:], *flags)
+    assert "doubtful: data/SegmentationClass: lion: labelled in 4 photos, in none of the masks" in said
+
+
+def test_a_damaged_prediction_is_an_error_and_a_missing_one_is_told(here):  # noqa: F811
+    (here / "out/segmentation/toy_0004.png").unlink()
+    assert "1 of 2 segmentation are missing, first toy_0004: make seg" in rows_of(score())["segmenter"]
+    root = make_set(here / "set", "ab")
+    (root / "ImageSets/Segmentation/train.txt").write_text("a\n")
+    said = run("wsss.evaluate", "--data", root, "--masks", root / "JPEGImages", status=1)
+    assert said.splitlines()[-1] == f"error: {root}/JPEGImages lacks 1 of 1 masks, first a.png"

@@ -1,0 +1,218 @@
+"""The training loop in parts, its batches, weight files, the pool of processes."""
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision
+from conftest import GOLDEN, make_set, run
+
+import bnr
+from conformer import Conformer, ConvBlock, rename_resnet50, start_classifier
+from wsss import resnet38, training
+from wsss.pool import in_processes
+from wsss.stage import FlagError, InputError, Stage
+from wsss.training import Batches
+from wsss.weights import load_weights
+
+CPU = torch.device("cpu")
+
+
+class Rows(torch.utils.data.TensorDataset):
+    """Takes the loader's (index, seed) as `data.Images` does; `seed` adds noise, as a random crop would."""
+
+    ids = [f"photo{n}" for n in range(15)]
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        super().__init__(torch.randn(15, 4, generator=generator), torch.rand(15, 3, generator=generator).round())
+
+    def __getitem__(self, index):
+        torch.manual_seed(index[1])
+        photo, label = super().__getitem__(index[0])
+        return photo + 0.1 * torch.randn_like(photo), label
+
+
+def train(out, factor=1.0, micro_batch=0, fresh=False):
+    """A small network on 15 rows, 2 epochs of 3 steps, as a stage does. -> its weights"""
+    stage = Stage(out, "classifier", {"seed": 0}, SimpleNamespace(root=Path("data")), "toy", fresh=fresh)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5),
+                              torch.nn.Linear(8, 3))
+    if micro_batch:
+        net = torch.nn.Sequential(net[0], net[3])  # neither statistics nor dropout of a part are those of the whole
+
+    def loss_of(model, part, labels):
+        loss = factor * bnr.soft_margin_loss(model(part[0]), part[1]) * len(part[0]) / len(labels)
+        return loss, {"L": loss}
+
+    training.fit(stage, net, torch.optim.AdamW(net.parameters(), 0.05), Batches(Rows(), 5, 0, CPU, 0), loss_of, 6, {},
+                 schedule=lambda done: 1 - done / 2, micro_batch=micro_batch)
+    stage.finish()
+    return weights(out / "classifier")
+
+
+def weights(folder):
+    return torch.load(folder / "model.pth", weights_only=True)["model"]
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- the loop
+
+def test_micro_batches_have_the_gradient_of_the_batch(tmp_path):
+    whole = train(tmp_path / "0", micro_batch=5)
+    for micro in (2, 4, 7):
+        parts = train(tmp_path / str(micro), micro_batch=micro)
+        for name, value in whole.items():
+            torch.testing.assert_close(parts[name], value)
+        assert [line["L"] for line in log(tmp_path / str(micro) / "classifier")] == pytest.approx(
+            [line["L"] for line in log(tmp_path / "0" / "classifier")], rel=1e-5)
+
+
+def test_batches_hold_each_image_once_an_epoch_in_an_order_of_the_seed(monkeypatch):
+    batches = Batches(Rows(), 4, 0, CPU, 0)
+    epochs = [sum((batches.indices(step) for step in range(3 * epoch, 3 * epoch + 3)), []) for epoch in range(2)]
+    assert batches.per_epoch == 3 and [len(set(epoch)) for epoch in epochs] == [12, 12] and epochs[0] != epochs[1]
+    assert batches.names(4) == [f"photo{n}" for n in batches.indices(4)]
+    assert Batches(Rows(), 4, 1, CPU, 0).indices(0) != batches.indices(0)
+    whole = [batch[0] for batch in batches.load(0, 6)]
+    assert all(torch.equal(batch[0], other) for batch, other in zip(batches.load(4, 6), whole[4:], strict=True))
+    monkeypatch.setattr(training, "WORLD", 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(training, "RANK", rank)
+        shares.append(next(iter(batches.load(5, 6)))[0])
+    assert torch.equal(torch.cat(shares), whole[5])
+
+
+def test_batches_that_do_not_fit_are_refused(monkeypatch):
+    with pytest.raises(InputError, match="15 training images are fewer than --batch-size 16"):
+        Batches(Rows(), 16, 0, CPU, 0)
+    monkeypatch.setattr(training, "WORLD", 2)
+    with pytest.raises(FlagError, match="--batch-size 5 is not a multiple of 2 processes"):
+        Batches(Rows(), 5, 0, CPU, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_job_of_a_pool_comes_back_in_order(workers):
+    jobs = ((n, 2) for n in range(20))
+    assert list(in_processes(pow, jobs, workers, 20, "squares")) == [n * n for n in range(20)]
+
+
+# ---------------------------------------------------------------- weight files
+
+@pytest.fixture(scope="module")
+def imagenet():
+    """What the ImageNet file of Conformer-Ti holds: the names of TransCAM's, but two linear heads of 1,000 classes."""
+    state = Conformer("tiny", 20).state_dict()
+    for head, width in (("trans_cls_head", 384), ("conv_cls_head", 256)):
+        state.update({f"{head}.weight": torch.zeros(1000, width), f"{head}.bias": torch.zeros(1000)})
+    return state
+
+
+@pytest.mark.parametrize("key, prefix", [(None, ""), ("model", ""), ("state_dict", "module.")])
+def test_an_imagenet_file_loads_but_for_its_heads_which_are_named(imagenet, tmp_path, capsys, key, prefix):
+    state = {prefix + name: value for name, value in imagenet.items()}
+    torch.save({key: state, "epoch": 3} if key else state, tmp_path / "Conformer_tiny_patch16.pth")
+    own = start_classifier("tiny", 20, tmp_path / "Conformer_tiny_patch16.pth").state_dict()
+    assert all(torch.equal(own[k], v) for k, v in imagenet.items() if "_cls_head" not in k)
+    assert "fresh: trans_cls_head (2), conv_cls_head (2)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage, says", [
+    ("patch 32", r"does not fit: .*trans_patch_conv.weight \(file \(384, 64, 8, 8\), network \(384, 64, 4, 4\)\)"),
+    ("foreign", r"holds more than tensors \(types.SimpleNamespace\), and is not read"),
+    ("list", "holds a list, not named tensors"), ("lacking", "does not fit: .* missing, first "),
+    ("infinite", "conv1.weight has values that are not finite"), ("text", "is damaged, and is not read")])
+def test_a_wrong_file_is_named_with_the_one_that_fits(imagenet, tmp_path, damage, says):
+    damaged = {"patch 32": {**imagenet, "trans_patch_conv.weight": torch.zeros(384, 64, 8, 8)}, "list": [1, 2],
+               "lacking": {name: value for name, value in imagenet.items() if "trans_block" not in name},
+               "infinite": {**imagenet, "conv1.weight": imagenet["conv1.weight"] / 0},
+               "foreign": {"model": SimpleNamespace(a=1)}}
+    if damage == "text":
+        (tmp_path / "w.pth").write_text("not weights")
+    else:
+        torch.save(damaged[damage], tmp_path / "w.pth")
+    with pytest.raises(InputError, match=f"w.pth:? {says}.*: Conformer_tiny_patch16.pth fits") as raised:
+        start_classifier("tiny", 20, tmp_path / "w.pth")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("form", ["", "_v1", "_legacy"])
+def test_mxnet_file_gives_the_published_tensors(tmp_path, form):
+    expected = json.loads((GOLDEN / "resnet38_div64.json").read_text())
+    found = resnet38.read_resnet38(GOLDEN / f"resnet38_div64{form}.params")
+    assert found.keys() == expected.keys()
+    for name, (shape, total, absolute) in expected.items():
+        assert list(found[name].shape) == shape
+        values = found[name].double()
+        assert [values.sum().item(), values.abs().sum().item()] == pytest.approx([total, absolute], abs=1e-4)
+    load_weights(resnet38.ResNet38(1), found, "golden")
+    raw = (GOLDEN / f"resnet38_div64{form}.params").read_bytes()
+    (tmp_path / "cut.params").write_bytes(raw[:len(raw) // 2])
+    with pytest.raises(InputError, match="cut.params cannot be read as MXNet weights: .*: that fits"):
+        resnet38.read_resnet38(tmp_path / "cut.params", ": that fits")
+
+
+def test_psas_pth_of_resnet38_loads_without_its_heads_and_a_wider_one_is_named(tmp_path):
+    state, backbone = resnet38.ResNet38(1).state_dict(), resnet38.ResNet38(1)
+    torch.save({**state, "fc8.weight": torch.ones(20, 64, 1, 1)}, tmp_path / "res38.pth")
+    resnet38.load_backbone(backbone, "resnet38", tmp_path / "res38.pth")
+    assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
+    with pytest.raises(InputError, match=r"conv1a.weight \(file \(1, 3, 3, 3\), .*: ilsvrc.*params.* fits"):
+        resnet38.load_backbone(resnet38.ResNet38(2), "resnet38", tmp_path / "res38.pth")
+
+
+# ---------------------------------------------------------------- torchvision's ResNet-50
+
+@pytest.fixture(scope="module")
+def resnet50():
+    return torchvision.models.resnet50(weights=None).state_dict()
+
+
+def test_resnet50_fills_the_first_bottlenecks_of_each_width_in_order(resnet50):
+    own, found = Conformer("small", 3).state_dict(), rename_resnet50(resnet50)
+    assert all(own[name].shape == tensor.shape for name, tensor in found.items())
+    parts = "cnn_block", "fusion_block"
+    order = ["conv_1", *(f"conv_trans_{n}.{part}" for n in (2, 5, 6, 9, 10, 11) for part in parts)]
+    blocks = [f"layer{layer}.{n}" for layer, count in ((1, 3), (2, 4), (3, 6)) for n in range(count)]
+    for place, block in zip(order, blocks, strict=True):
+        assert found[f"{place}.conv2.weight"] is resnet50[f"{block}.conv2.weight"]
+    for place, block in (("conv_1", "layer1.0"), ("conv_trans_5.cnn_block", "layer2.0")):
+        assert found[f"{place}.residual_conv.weight"] is resnet50[f"{block}.downsample.0.weight"]
+        assert found[f"{place}.residual_bn.bias"] is resnet50[f"{block}.downsample.1.bias"]
+    assert len(found) == sum(not name.startswith(("layer4", "fc")) for name in resnet50)
+
+
+@torch.no_grad()
+def test_a_classifier_that_starts_from_resnet50_says_so_and_passes_on_what_it_lacks(resnet50, tmp_path, capsys):
+    torch.save(resnet50, tmp_path / "r50.pth")
+    model = start_classifier("small", 3, tmp_path / "r50.pth").eval()
+    said, state = capsys.readouterr().out, model.state_dict()
+    count = sum(not name.startswith(("layer4", "fc")) and "num_batches" not in name for name in resnet50)
+    assert f"{count} tensors loaded; fresh: " in said and "trans_1" in said and "conv_cls_head (2)" in said
+    assert torch.equal(state["conv_trans_11.cnn_block.conv3.weight"], resnet50["layer3.4.conv3.weight"])
+    x = {64: torch.rand(1, 256, 4, 4), 128: torch.rand(1, 512, 4, 4), 256: torch.rand(1, 1024, 4, 4)}
+    left_over = [f"conv_trans_{n}.{part}" for n in (3, 4, 7, 8, 12) for part in ("cnn_block", "fusion_block")]
+    for name, module in model.named_modules():
+        if isinstance(module, ConvBlock):
+            photo = x.get(module.conv2.out_channels)
+            passes = module.conv1.in_channels == photo.shape[1] and torch.allclose(module(photo)[0], photo)
+            assert passes == (name in left_over), name
+
+
+def test_without_a_network_resnet50_is_one_clear_line(tmp_path, monkeypatch):
+    def offline(url, path, hash_prefix=None):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    said = run("bnr", "train", "--data", make_set(tmp_path / "set"), "--out", tmp_path / "o", "--device", "cpu",
+               "--preset", "small",
+               "--pretrained", "resnet50", "--batch-size", 2, status=1)
+    assert said.splitlines()[-1].startswith("error: cannot fetch https://download.pytorch.org/models/resnet50")
+    assert "(no route): name a file instead of resnet50" in said and "Traceback" not in said

@@ -1,0 +1,210 @@
+"""The training loop of all three networks: its batches, checkpoints, several GPUs.
+
+A step's random numbers follow from its own number, so a run that was stopped and goes on equals one that never was, bit
+for bit on the CPU. Under torchrun each process takes its share of the batch and gradients are summed: the loss is that
+of one process. The first process writes the stage's folder.
+"""
+import collections
+import functools
+import json
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from wsss.pool import RANK, WORLD, autocast, bar, loader, peak_memory, precision
+from wsss.stage import FlagError, InputError, write
+
+SAVE_SECONDS = 300  # between two checkpoints
+LOG_STEPS = 10  # between two lines of log.jsonl
+LOWER = "try a lower --lr, or --no-amp; nothing that was there is lost"
+
+
+def seed_of(*numbers):
+    """One 32-bit seed of several numbers, as unlike the next one's as can be."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@functools.lru_cache(2)
+def order_of(count, seed, epoch):
+    return np.random.default_rng(seed_of(0, seed, epoch)).permutation(count)
+
+
+class Batches:
+    """The images of each training step: a new order each epoch, an incomplete last batch dropped.
+
+    All follows from the seed and the step's number. Under torchrun `load` gives a process its share.
+    """
+
+    def __init__(self, images, batch_size, seed, device, workers):
+        self.images, self.batch_size, self.seed, self.device, self.workers = images, batch_size, seed, device, workers
+        self.per_epoch = len(images) // batch_size
+        if not self.per_epoch:
+            raise InputError(f"{len(images)} training images are fewer than --batch-size {batch_size}")
+        if batch_size % WORLD:
+            raise FlagError(f"--batch-size {batch_size} is not a multiple of {WORLD} processes")
+
+    def indices(self, step):
+        epoch, n = divmod(step, self.per_epoch)
+        order = order_of(len(self.images), self.seed, epoch)
+        return order[n * self.batch_size:(n + 1) * self.batch_size].tolist()
+
+    def names(self, step):
+        return [self.images.ids[index] for index in self.indices(step)]
+
+    def load(self, start, stop):
+        """The batches of these steps, one after the other: lists of tensors."""
+        each = self.batch_size // WORLD
+        own = slice(RANK * each, (RANK + 1) * each)
+        steps = ([(index, seed_of(1, self.seed, step, index)) for index in self.indices(step)[own]]
+                 for step in range(start, stop))
+        return loader(self.images, self.device, self.workers, batch_sampler=steps)
+
+
+def train_step(model, optimizer, batch, loss_of, scaler, seed, amp=False, micro_batch=0):
+    """One step of the optimizer on a batch, `micro_batch` images at a time. -> the loss and its terms, by name
+
+    batch: list of tensors on the device; loss_of(model, part, labels): the part's share of the batch's loss, and its
+    terms by name, where labels are those of the whole batch, of all processes; seed: of dropout
+    """
+    device, labels = batch[0].device, _gather(batch[1])
+    found, size = collections.Counter(), micro_batch or len(batch[0])
+    optimizer.zero_grad(set_to_none=True)
+    for start in range(0, len(batch[0]), size):
+        torch.manual_seed(seed_of(*seed, RANK * len(batch[0]) + start))
+        with autocast(device, amp):
+            loss, terms = loss_of(model, [x[start:start + size] for x in batch], labels)
+        scaler.scale(loss).backward()
+        for name, value in {"loss": loss, **terms}.items():
+            found[name] += value.detach()
+    _sum_gradients(model)
+    scaler.step(optimizer)
+    scaler.update()
+    return found
+
+
+def fit(run, model, optimizer, batches, loss_of, steps, network, schedule=lambda done: 1.0, amp=False, micro_batch=0,
+        after_epoch=None):
+    """Train for `steps` steps -> model.pth; a checkpoint every few minutes, from which the same command goes on.
+
+    loss_of: as in `train_step`; schedule(share of steps done): factor on each group's learning rate; network: what
+    rebuilds the network from the file; after_epoch(): results for the record, by name, printed too.
+    """
+    run.start()
+    if dist.is_initialized():
+        dist.barrier()  # the first process has emptied the folder where it begins
+    checkpoint = run.folder / "checkpoint.pth"
+    device = next(model.parameters()).device
+    if dist.is_initialized() and device.type == "cuda":
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    scaler = torch.amp.GradScaler(device.type, enabled=precision(device, amp) == "fp16")
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    step = _resume(checkpoint, run, parts)
+
+    def save(path, state):
+        if RANK > 0:
+            return
+        if bad := next((name for name, value in model.named_parameters() if not value.isfinite().all()), None):
+            photos = " ".join(batches.names(step - 1)) if step else "none"
+            raise InputError(f"{bad} of {run.name} is not finite after step {step}, photos {photos}: {LOWER}")
+        write(path, lambda file: torch.save(state, file), sync=True)
+        run.save()
+
+    model.train()
+    block, saved_at, block_at = [], time.monotonic(), time.monotonic()
+    with bar(steps * batches.batch_size, run.name, step * batches.batch_size) as progress:
+        for batch in batches.load(step, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * schedule(step / steps)
+            batch = [x.to(device, non_blocking=True) for x in batch]
+            try:
+                seed = 2, batches.seed, step
+                block.append(train_step(model, optimizer, batch, loss_of, scaler, seed, amp, micro_batch))
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise InputError(f"BatchNorm of {run.name} sees one value a channel: take a larger --crop or "
+                                 "--batch-size, or a --micro-batch that leaves no photo alone") from None
+            step += 1
+            progress.update(batches.batch_size)
+            ends = step == steps or step % batches.per_epoch == 0
+            due = time.monotonic() - saved_at > SAVE_SECONDS
+            if not ends and len(block) < LOG_STEPS and (WORLD > 1 or not due):  # several must log at the same step
+                continue
+            line = {"step": step, "steps": steps, **_means(run, batches, block, step, steps, device),
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "images_s": round(len(block) * batches.batch_size / max(time.monotonic() - block_at, 1e-9), 1),
+                    "gb": round(peak_memory(), 2), "precision": precision(device, amp)}
+            progress.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+            if ends and after_epoch and RANK == 0:
+                results = after_epoch()
+                progress.write(f"step {step}: " + ", ".join(f"{name} {value}" for name, value in results.items()))
+                run.record.update(results)
+                line.update(results)
+                model.train()
+            if RANK == 0:
+                with open(run.folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            if due and step < steps:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                save(checkpoint, {**state, "step": step, "id": run.record["id"]})
+                saved_at = time.monotonic()
+            block, block_at = [], time.monotonic()
+    save(run.folder / "model.pth", {"model": model.state_dict(), "network": {**network, "id": run.record["id"]}})
+    if RANK == 0:
+        checkpoint.unlink(missing_ok=True)
+
+
+def _resume(checkpoint, run, parts):
+    """Take up what an interrupted run left. -> steps done"""
+    if not checkpoint.is_file():
+        return 0
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception:  # cut short; torch raises many kinds
+        saved = {}
+    if saved.get("id") != run.record["id"]:
+        return 0
+    for name, part in parts.items():
+        if saved[name]:  # a scaler that is off has no state
+            part.load_state_dict(saved[name])
+    return saved["step"]
+
+
+def _gather(labels):
+    """Those of the whole batch, of all processes."""
+    if not dist.is_initialized():
+        return labels
+    parts = [torch.empty_like(labels) for _ in range(WORLD)]
+    dist.all_gather(parts, labels)
+    return torch.cat(parts)
+
+
+def _sum_gradients(model):
+    """Over all processes: each has its share of the batch's loss."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _means(run, batches, block, step, steps, device):
+    """The mean loss and terms of some steps, over all processes; InputError at one that is not finite."""
+    means = {}
+    for name in block[0]:
+        values = torch.stack([torch.as_tensor(found[name], dtype=torch.float32) for found in block]).cpu()
+        if dist.is_initialized():  # each process has its share of the loss
+            values = values.to(device)
+            dist.all_reduce(values)
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            at = step - len(block) + int(bad[0])
+            where = f"at step {at + 1} of {steps}, photos {' '.join(batches.names(at))}"
+            raise InputError(f"the loss of {run.name} is {values[bad[0]].item()} {where}: {LOWER}")
+        means[name] = values.mean().item()
+    return means
