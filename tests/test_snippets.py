@@ -98,6 +98,15 @@ def test_noise_scales_the_mean_attention_and_is_a_constant():
     assert not bnr.noisy_cam(attn, refined, blocks=5, noise=1).requires_grad
 
 
+@pytest.mark.parametrize("classes", [1, 5])  # fewer and more than the 4 channels of a head
+def test_attend_to_equal_keys_averages_the_maps_with_a_zero_for_the_class_token(classes):
+    maps = torch.rand(2, classes, 2, 3)
+    flat = (torch.randn(2, 3, 7, 4), torch.zeros(2, 3, 7, 4))  # queries and keys of a block with 3 heads
+    mean = maps.sum((2, 3), keepdim=True) / 7  # over 6 places and the class token
+    assert_close(bnr.attend([flat], maps), mean.expand_as(maps))
+    assert_close(bnr.attend([flat, flat], maps), 2 * mean.expand_as(maps))  # blocks are summed
+
+
 def test_soft_margin_loss_is_log_2_at_zero_and_small_for_sure_and_right_logits():
     labels = tensor([[1.0, 0, 1], [0, 0, 1]])
     assert bnr.soft_margin_loss(torch.zeros(2, 3), labels).item() == pytest.approx(math.log(2))

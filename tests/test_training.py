@@ -1,4 +1,4 @@
-"""The training loop in parts, its batches, weight files, the pool of processes."""
+"""The training loop in parts, its batches, weight files."""
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,6 @@ from conftest import GOLDEN, make_set, run
 import bnr
 from conformer import Conformer, ConvBlock, rename_resnet50, start_classifier
 from wsss import resnet38, training
-from wsss.pool import in_processes
 from wsss.stage import FlagError, InputError, Stage
 from wsss.training import Batches
 from wsss.weights import load_weights
@@ -95,12 +94,6 @@ def test_batches_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(training, "WORLD", 2)
     with pytest.raises(FlagError, match="--batch-size 5 is not a multiple of 2 processes"):
         Batches(Rows(), 5, 0, CPU, 0)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_every_job_of_a_pool_comes_back_in_order(workers):
-    jobs = ((n, 2) for n in range(20))
-    assert list(in_processes(pow, jobs, workers, 20, "squares")) == [n * n for n in range(20)]
 
 
 # ---------------------------------------------------------------- weight files
