@@ -192,14 +192,15 @@ def drawn_masks(step, values):
 
 
 def assert_trains_alike(monkeypatch, folder, loop, net, optimizer, batches, loss_of, steps, loss, norm, **schedule):
-    """The losses within `loss`, what three steps add to the weights within `norm`, both relative."""
+    """Losses within `loss`, one number or one a step; what three steps add to the weights within `norm`. Relative."""
     golden = np.load(GOLDEN / "training.npz")
     monkeypatch.setattr(training, "LOG_STEPS", 1)
     run = SimpleNamespace(folder=folder, record={"id": "x"}, name=loop, what=loop, start=list, save=list)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     training.fit(run, net, optimizer, Given(batches), loss_of, steps, {}, **schedule)
     found = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert found == pytest.approx(golden[f"{loop}_losses"].tolist(), rel=loss)
+    for ours, expected, rel in zip(found, golden[f"{loop}_losses"].tolist(), np.broadcast_to(loss, 3), strict=True):
+        assert ours == pytest.approx(expected, rel=rel)
     for name, expected in zip(golden[f"{loop}_names"], golden[f"{loop}_update_norms"]):
         own = str(name) if name in before else f"backbone.{name}"
         update = (net.state_dict()[own] - before[own]).norm().item()
@@ -230,10 +231,10 @@ def test_affinitynet_trains_as_published(monkeypatch, tmp_path):
 
 
 def test_the_segmenter_trains_as_published(monkeypatch, tmp_path):
-    """In float64: in float32, as published, the number of threads moves the third loss by 1e-3, a norm by 1e-2."""
+    """In float64: in float32, as published, the number of threads moves the third loss by 3e-4, a norm by 1e-2."""
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
     voc, net = defaults("segment train", "voc"), published_deeplab(dropout=0).double()
     batches = [[drawn_image(100 + n, 2, 96, 96).double(), drawn_masks(n, [0, 3, 8, 255])] for n in range(3)]
     optimizer = resnet38.make_optimizer(net, segment.NEW, voc["lr"], voc["weight_decay"], segment.MOMENTUM)
     assert_trains_alike(monkeypatch, tmp_path, "segmenter", net, optimizer, batches, segment.loss_of_part,
-                        steps=3, loss=2e-3, norm=1e-2, schedule=segment.falling_rate(3))
+                        steps=3, loss=(1e-4, 1e-4, 2e-3), norm=1e-2, schedule=segment.falling_rate(3))
