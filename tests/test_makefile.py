@@ -1,4 +1,5 @@
 """What make hands on to the scripts, and what it refuses."""
+import os
 import subprocess
 
 import pytest
@@ -7,7 +8,8 @@ from conftest import ROOT
 
 def make(*words, status=0):
     """What `make -n` prints."""
-    done = subprocess.run(["make", "-n", "PYTHON=py", *words], cwd=ROOT, capture_output=True, text=True)
+    own = {name: value for name, value in os.environ.items() if "MAKE" not in name and name != "MFLAGS"}  # as typed
+    done = subprocess.run(["make", "-n", "PYTHON=py", *words], cwd=ROOT, env=own, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
