@@ -6,7 +6,7 @@
 
 --loss transcam is the baseline (TransCAM), --loss bnr the paper's; --noise 1, 2, none are the columns of Table 5.
 """
-import wsss  # noqa: F401, first: it names a package that is not installed
+import wsss  # noqa: F401, must come first: names a package that is not installed
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +224,7 @@ def build_classifier(state, network, num_labels, path, device):
 
 
 def sides(crop, scales):
-    """Of the squares that a photo is seen as, pixels: the crop times each scale, whole places of the transformer."""
+    """Sides of the squares that a photo is resized to, pixels: the crop times each scale, whole transformer places."""
     return [max(STRIDE, round(crop * scale / STRIDE) * STRIDE) for scale in scales]
 
 
@@ -259,7 +259,7 @@ def cams(args):
     names = ["refined"] + ["plain"] * (args.plain or args.eigen) + ["eigen"] * args.eigen
 
     def work(run, todo):
-        network = {"arch": args.arch, "crop": args.crop}  # of somebody else's file; ours tells it
+        network = {"arch": args.arch, "crop": args.crop}  # for a foreign file; our own file says it
         path = args.weights or run.out / "classifier" / "model.pth"
         state, told = read_weights(path, fits) if args.weights else read_trained(run.out, "classifier")
         network.update(told)

@@ -4,7 +4,7 @@
     python psa.py train    OUT/affinity_labels                            -> OUT/affinitynet/model.pth
     python psa.py walk     OUT/affinitynet/model.pth, OUT/cams            -> OUT/pseudo_labels/ID.png
 """
-import wsss  # noqa: F401, first: it names a package that is not installed
+import wsss  # noqa: F401, must come first: names a package that is not installed
 import warnings
 
 import numpy as np
@@ -173,7 +173,7 @@ def affinity_label(classes, cams, photo, num_classes, foreground, background, cr
     return np.where(high > 0, high, np.where(low > 0, VOID, 0)).astype(np.uint8)
 
 
-def item_with_seeds(dataset, out, ids):
+def item_with_seeds(out, ids):
     """What `labels` and `walk` read of a photo: its file's name, pixels, classes, and seeds of its size."""
     require([out / "cams" / f"{name}.npz" for name in ids], "seeds", ': run "make cams"')
 
@@ -201,7 +201,7 @@ def labels(args):
         def compute(file, *found):
             yield run.folder / file, *found, dataset.num_classes, args.foreground, args.background
 
-        item = item_with_seeds(dataset, args.out, ids)
+        item = item_with_seeds(args.out, ids)
         for_each_photo(run, dataset.image, todo, item, compute, write_affinity_label, args.device, args.workers)
 
     run_stage(args, "affinity_labels", work, dataset, reads=("cams",), ids=ids, ignore=("seed", "precision"))
@@ -325,7 +325,7 @@ def walk(args):
 
     def work(run, todo):
         net = load_network(args.out, "affinitynet", lambda backbone, state: AffinityNet(backbone), args.device)
-        normalised, item = to_tensor(), item_with_seeds(dataset, args.out, ids)
+        normalised, item = to_tensor(), item_with_seeds(args.out, ids)
 
         def compute(file, photo, classes, cams):
             with autocast(args.device, args.amp):

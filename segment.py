@@ -5,7 +5,7 @@
     python segment.py submit    OUT/segmenter/model.pth    -> OUT/results.tar.gz, VOC's test list for its server
     python segment.py predict PHOTO_OR_FOLDER ...          -> OUT/predictions/ID.png and ID_overlay.png, of any photos
 """
-import wsss  # noqa: F401, first: it names a package that is not installed
+import wsss  # noqa: F401, must come first: names a package that is not installed
 import tarfile
 from pathlib import Path
 

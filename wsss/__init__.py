@@ -1,4 +1,4 @@
-"""What carries the four scripts. A package that is not installed is named here, before anything needs it."""
+"""Code shared by the four scripts. A package that is not installed is named here, before anything needs it."""
 import importlib.util
 import sys
 

@@ -1,13 +1,13 @@
 """Makes a folder a data set: the toy set drawn, VOC and COCO with lists, labels and masks; and checks any data set.
 
-    python -m wsss.prepare toy                draws the toy set into data/toy; interrupted, it is drawn on
+    python -m wsss.prepare toy                draws the toy set into data/toy; interrupted, it continues
     python -m wsss.prepare voc --root DIR     PASCAL VOC 2012 with SBD's lists: fetched where missing, lists and labels
     python -m wsss.prepare coco --root DIR    MS COCO 2014: links to its photos, masks, labels and lists; it goes on
     python -m wsss.prepare check --data DIR   counts, and what would break a stage; exit status 1 if something would
 
 The layout is the one that wsss/data.py reads. Masks are for scoring alone.
 """
-import wsss  # noqa: F401, first: it names a package that is not installed
+import wsss  # noqa: F401, must come first: names a package that is not installed
 import json
 import os
 import shutil

@@ -49,7 +49,7 @@ def word_or_file(text):
 
 SWITCH, LIST, RANGE = "--flag or --no-flag", "one or more numbers", "two numbers, the first no greater"
 _EVERYWHERE = {
-    "seed": ((0,), whole(0, 2 ** 32 - 1), "of all random numbers"),
+    "seed": ((0,), whole(0, 2 ** 32 - 1), "seed of all random numbers"),
     "amp": ((None, ..., ..., True), SWITCH, "mixed precision (default: on cuda)")}
 _TRAINING = {
     "from_scratch": ((False, ..., True), SWITCH, "start without weights"),
@@ -68,7 +68,7 @@ _TEST = {
     "scales": (((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), ..., (0.4, 0.5, 0.6), (0.7, 0.9, 1.1)), (LIST, above(0, 8)),
                "of the photo"),
     "crf": ((True,), SWITCH, "refine by the dense CRF")}
-SETTINGS = {  # command: {setting: (values, type, meaning)}; `...` and what a row lacks are voc's value
+SETTINGS = {  # command: {setting: ((voc, coco, toy, small), type, meaning)}; `...` and what is lacking: as voc
     "bnr train": {
         "arch": (("small", ..., "nano"), _ARCHS, "Conformer; small is the paper's"),
         "loss": (("bnr",), ("bnr", "transcam"), "eq. 9, or L_cls alone: TransCAM"),
@@ -79,7 +79,7 @@ SETTINGS = {  # command: {setting: (values, type, meaning)}; `...` and what a ro
         "sharpness": ((60.0, ..., 160.0), real(0), "logit of a token with itself in fresh blocks; 0: uniform"),
         "epochs": ((22, 10, 36, 4), whole(0), "passes over train_aug"),
         "batch_size": ((8, 16, 16, 16), whole(1, 4096), "photos a step"),
-        "lr": ((5e-5, ..., 1e-3, 2e-4), above(0), "of AdamW, constant"),
+        "lr": ((5e-5, ..., 1e-3, 2e-4), above(0), "learning rate of AdamW, constant"),
         "head_lr": ((1.0, ..., ..., 5.0), above(0), "factor on --lr for the two heads"),
         "transformer_lr": ((1.0, ..., ..., 0.1), real(0), "factor on --lr for the transformer branch"),
         "weight_decay": ((5e-4,), real(0), "on every parameter"),
@@ -102,8 +102,8 @@ SETTINGS = {  # command: {setting: (values, type, meaning)}; `...` and what a ro
         "epochs": ((8, ..., ..., 3), whole(0), "passes over train_aug"),
         "batch_size": ((8,), whole(1, 4096), "crops a step"),
         "crop": ((448, ..., 96, 160), whole(16, 4096), "side of square crops, pixels"),
-        "lr": ((0.01, ..., 3e-3), above(0), "of SGD; falls as (1 - i/max)^0.9"),
-        "momentum": ((5e-4,), real(0, 1), "of SGD; the published code passes the weight decay here"),
+        "lr": ((0.01, ..., 3e-3), above(0), "learning rate of SGD; falls as (1 - i/max)^0.9"),
+        "momentum": ((5e-4,), real(0, 1), "momentum of SGD; the published code passes the weight decay here"),
         **_BACKBONE},
     "psa walk": {
         "background_score": ((0.42,), real(0, 1), "constant map of background"),
@@ -113,7 +113,7 @@ SETTINGS = {  # command: {setting: (values, type, meaning)}; `...` and what a ro
         "iterations": ((20000, ..., 1000, 1500), whole(0), "optimizer steps"),
         "batch_size": ((10, ..., 8, 8), whole(1, 4096), "crops a step"),
         "crop": ((448, ..., 96, 224), whole(16, 4096), "side of square crops, pixels"),
-        "lr": ((1e-3, ..., 3e-3), above(0), "of SGD; falls as (1 - i/(max+1))^0.9"),
+        "lr": ((1e-3, ..., 3e-3), above(0), "learning rate of SGD; falls as (1 - i/(max+1))^0.9"),
         "scale_range": (((0.5, 1.5), ..., (0.4, 0.6), (0.7, 1.1)), (RANGE, above(0, 8)), "of the photo, in training"),
         "freeze_bn": ((False, ..., ..., True), SWITCH, "keep the backbone's BatchNorm: for small batches, short runs"),
         "head_std": ((0.0, ..., ..., 0.01), real(0),
