@@ -49,10 +49,10 @@ def small():
 
 # ---------------------------------------------------------------- the classifier
 
-@pytest.mark.parametrize("arch", ["tiny", "base"])  # small: the fixture above loads all its names
-def test_conformer_has_the_published_names_and_shapes(arch):
-    shapes = {k: list(v.shape) for k, v in Conformer(arch, 21).state_dict().items()}
-    assert shapes == json.loads((GOLDEN / f"conformer_{arch}_keys.json").read_text())
+def test_conformer_has_the_published_names_and_shapes():
+    """Of base; small and tiny load all of theirs in other tests."""
+    shapes = {k: list(v.shape) for k, v in Conformer("base", 21).state_dict().items()}
+    assert shapes == json.loads((GOLDEN / "conformer_base_keys.json").read_text())
 
 
 def test_conformer_has_the_published_constants():
@@ -144,20 +144,17 @@ def test_random_walk_equals_the_published(published):
     assert (psa.pseudo_label(scores, classes, photo, 21) == golden["0_walk_crf"]).mean() >= 0.995
 
 
-@torch.no_grad()
-def test_deeplab_logits_equal_the_published():
-    logits = published_deeplab().eval()(drawn_image(0, 1, 97, 129))
-    logits = F.interpolate(logits, (97, 129), mode="bilinear", align_corners=True)
-    assert largest_difference(logits[:, :, ::4, ::4], np.load(GOLDEN / "deeplab.npz")["logits"]) < 1e-4
-
-
 @pytest.mark.parametrize("factor", [0.5, 0.63, 0.75, 1.25, 1.5, 1.75])
-def test_photos_are_scaled_as_opencv_scales_them(factor):
+def test_photos_and_masks_are_scaled_as_opencv_scales_them(factor):
     golden = np.load(GOLDEN / "scaling.npz")
     photo = torch.from_numpy(golden["photo"]).permute(2, 0, 1).float()
     found = images.scale_like_opencv(photo, factor).round().clamp(0, 255).permute(1, 2, 0).numpy()
     different = np.abs(found - golden[f"scaled_{factor}"])
     assert found.shape == different.shape and different.max() <= 1 and (different > 0).sum() <= 1
+    rows, columns = (np.floor(np.arange(length) / factor).astype(int) for length in found.shape[:2])
+    mask = torch.arange(61 * 83).view(61, 83)  # each pixel a value of its own
+    expected = mask[rows.clip(max=60)][:, columns.clip(max=82)]
+    assert torch.equal(images.scale_like_opencv(mask[None].float(), factor, "nearest")[0].long(), expected)
 
 
 def test_the_segmenters_test_equals_the_published():
@@ -173,38 +170,31 @@ def test_the_segmenters_test_equals_the_published():
 
 # ---------------------------------------------------------------- training loops
 
-class Given:
-    """Three batches, as `fit` takes them."""
-
-    def __init__(self, batches):
-        self.batches, self.batch_size, self.per_epoch, self.seed = batches, len(batches[0][0]), 3, 0
-
-    def load(self, start, stop):
-        return self.batches[start:stop]
-
-    def names(self, step):
-        return ["drawn"]
-
-
 def drawn_masks(step, values):
     values = np.random.RandomState(2100 + step).choice(values, (2, 12, 12))
     return torch.from_numpy(np.kron(values, np.ones((1, 8, 8), np.int64)))
 
 
-def assert_trains_alike(monkeypatch, folder, loop, net, optimizer, batches, loss_of, steps, loss, norm, **schedule):
-    """Losses within `loss`, one number or one a step; what three steps add to the weights within `norm`. Relative."""
+def assert_trains_alike(monkeypatch, folder, loop, net, optimizer, batches, loss_of, loss, update, unsure=(), **how):
+    """Losses within `loss`, one number or one a step; what three steps add to the weights within `update`. Relative.
+
+    unsure: tensors whose single entries, not their norm, hang on how the published run was rounded
+    """
     golden = np.load(GOLDEN / "training.npz")
     monkeypatch.setattr(training, "LOG_STEPS", 1)
     run = SimpleNamespace(folder=folder, record={"id": "x"}, name=loop, what=loop, start=list, save=list)
+    given = SimpleNamespace(batch_size=len(batches[0][0]), per_epoch=3, seed=0, load=lambda *_: batches)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    training.fit(run, net, optimizer, Given(batches), loss_of, steps, {}, **schedule)
+    training.fit(run, net, optimizer, given, loss_of, 3, {}, **how)
     found = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
     for ours, expected, rel in zip(found, golden[f"{loop}_losses"].tolist(), np.broadcast_to(loss, 3), strict=True):
         assert ours == pytest.approx(expected, rel=rel)
-    for name, expected in zip(golden[f"{loop}_names"], golden[f"{loop}_update_norms"]):
+    for name, norm, first in zip(*(golden[f"{loop}_{what}"] for what in ("names", "update_norms", "update_first"))):
         own = str(name) if name in before else f"backbone.{name}"
-        update = (net.state_dict()[own] - before[own]).norm().item()
-        assert update == pytest.approx(expected, rel=norm), name
+        change = net.state_dict()[own] - before[own]
+        assert change.norm().item() == pytest.approx(norm, rel=update), name
+        entries = np.resize(change.flatten()[:32], 32)  # repeated where they are fewer
+        assert name in unsure or largest_difference(entries, first) < update, name
 
 
 @pytest.mark.parametrize("loss", ["transcam", "bnr"])
@@ -218,7 +208,7 @@ def test_the_classifier_trains_as_published(monkeypatch, tmp_path, loss):
     batches = [[drawn_image(100 + n, 4, 96, 96).double(), torch.from_numpy(labels[n]).double()] for n in range(3)]
     optimizer = bnr.make_optimizer(model, voc["lr"], voc["weight_decay"], voc["head_lr"], voc["transformer_lr"])
     assert_trains_alike(monkeypatch, tmp_path, loss, model, optimizer, batches, bnr.loss_of_part(loss, voc["noise"]),
-                        steps=3, loss=1e-6, norm=1e-3)
+                        loss=1e-6, update=1e-3)
 
 
 def test_affinitynet_trains_as_published(monkeypatch, tmp_path):
@@ -227,7 +217,7 @@ def test_affinitynet_trains_as_published(monkeypatch, tmp_path):
     batches = [[drawn_image(100 + step, 2, 96, 96), masks[step]] for step in range(3)]
     optimizer = resnet38.make_optimizer(net, psa.NEW, voc["lr"], voc["weight_decay"], voc["momentum"])
     assert_trains_alike(monkeypatch, tmp_path, "affinity", net, optimizer, batches, psa.loss_of_pairs(psa.RADIUS),
-                        steps=3, loss=1e-4, norm=1e-2, schedule=psa.falling_rate)
+                        loss=1e-4, update=1e-2, schedule=psa.falling_rate)
 
 
 def test_the_segmenter_trains_as_published(monkeypatch, tmp_path):
@@ -237,4 +227,5 @@ def test_the_segmenter_trains_as_published(monkeypatch, tmp_path):
     batches = [[drawn_image(100 + n, 2, 96, 96).double(), drawn_masks(n, [0, 3, 8, 255])] for n in range(3)]
     optimizer = resnet38.make_optimizer(net, segment.NEW, voc["lr"], voc["weight_decay"], segment.MOMENTUM)
     assert_trains_alike(monkeypatch, tmp_path, "segmenter", net, optimizer, batches, segment.loss_of_part,
-                        steps=3, loss=(1e-4, 1e-4, 2e-3), norm=1e-2, schedule=segment.falling_rate(3))
+                        loss=(1e-4, 1e-4, 2e-3), update=1e-2, schedule=segment.falling_rate(3),
+                        unsure=("backbone.conv1a.weight", "backbone.b4.conv_branch2a.weight", "conv_fov.weight"))

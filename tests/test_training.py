@@ -33,43 +33,29 @@ class Rows(torch.utils.data.TensorDataset):
         return photo + 0.1 * torch.randn_like(photo), label
 
 
-def train(out, factor=1.0, micro_batch=0, fresh=False):
-    """A small network on 15 rows, 2 epochs of 3 steps, as a stage does. -> its weights"""
-    stage = Stage(out, "classifier", {"seed": 0}, SimpleNamespace(root=Path("data")), "toy", fresh=fresh)
+def train(out, micro_batch):
+    """A small network on 15 rows, 2 epochs of 3 steps, as a stage does. -> its weights and losses"""
+    stage = Stage(out, "classifier", {"seed": 0}, SimpleNamespace(root=Path("data")), "toy")
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5),
-                              torch.nn.Linear(8, 3))
-    if micro_batch:
-        net = torch.nn.Sequential(net[0], net[3])  # neither statistics nor dropout of a part are those of the whole
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
 
     def loss_of(model, part, labels):
-        loss = factor * bnr.soft_margin_loss(model(part[0]), part[1]) * len(part[0]) / len(labels)
-        return loss, {"L": loss}
+        return bnr.soft_margin_loss(model(part[0]), part[1]) * len(part[0]) / len(labels), {}
 
     training.fit(stage, net, torch.optim.AdamW(net.parameters(), 0.05), Batches(Rows(), 5, 0, CPU, 0), loss_of, 6, {},
                  schedule=lambda done: 1 - done / 2, micro_batch=micro_batch)
-    stage.finish()
-    return weights(out / "classifier")
-
-
-def weights(folder):
-    return torch.load(folder / "model.pth", weights_only=True)["model"]
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = (stage.folder / "log.jsonl").read_text().splitlines()
+    return net.state_dict(), [json.loads(line)["loss"] for line in lines]
 
 
 # ---------------------------------------------------------------- the loop
 
 def test_micro_batches_have_the_gradient_of_the_batch(tmp_path):
-    whole = train(tmp_path / "0", micro_batch=5)
-    for micro in (2, 4, 7):
-        parts = train(tmp_path / str(micro), micro_batch=micro)
-        for name, value in whole.items():
-            torch.testing.assert_close(parts[name], value)
-        assert [line["L"] for line in log(tmp_path / str(micro) / "classifier")] == pytest.approx(
-            [line["L"] for line in log(tmp_path / "0" / "classifier")], rel=1e-5)
+    whole, losses = train(tmp_path / "0", 0)
+    for micro_batch in (2, 4, 7):
+        parts, found = train(tmp_path / str(micro_batch), micro_batch)
+        torch.testing.assert_close(parts, whole)
+        assert len(found) == 2 and found == pytest.approx(losses, rel=1e-5)
 
 
 def test_batches_hold_each_image_once_an_epoch_in_an_order_of_the_seed(monkeypatch):
@@ -88,9 +74,7 @@ def test_batches_hold_each_image_once_an_epoch_in_an_order_of_the_seed(monkeypat
     assert torch.equal(torch.cat(shares), whole[5])
 
 
-def test_batches_that_do_not_fit_are_refused(monkeypatch):
-    with pytest.raises(InputError, match="15 training images are fewer than --batch-size 16"):
-        Batches(Rows(), 16, 0, CPU, 0)
+def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch):
     monkeypatch.setattr(training, "WORLD", 2)
     with pytest.raises(FlagError, match="--batch-size 5 is not a multiple of 2 processes"):
         Batches(Rows(), 5, 0, CPU, 0)
@@ -107,10 +91,8 @@ def imagenet():
     return state
 
 
-@pytest.mark.parametrize("key, prefix", [(None, ""), ("model", ""), ("state_dict", "module.")])
-def test_an_imagenet_file_loads_but_for_its_heads_which_are_named(imagenet, tmp_path, capsys, key, prefix):
-    state = {prefix + name: value for name, value in imagenet.items()}
-    torch.save({key: state, "epoch": 3} if key else state, tmp_path / "Conformer_tiny_patch16.pth")
+def test_an_imagenet_file_loads_but_for_its_heads_which_are_named(imagenet, tmp_path, capsys):
+    torch.save(imagenet, tmp_path / "Conformer_tiny_patch16.pth")
     own = start_classifier("tiny", 20, tmp_path / "Conformer_tiny_patch16.pth").state_dict()
     assert all(torch.equal(own[k], v) for k, v in imagenet.items() if "_cls_head" not in k)
     assert "fresh: trans_cls_head (2), conv_cls_head (2)" in capsys.readouterr().out
@@ -118,18 +100,12 @@ def test_an_imagenet_file_loads_but_for_its_heads_which_are_named(imagenet, tmp_
 
 @pytest.mark.parametrize("damage, says", [
     ("patch 32", r"does not fit: .*trans_patch_conv.weight \(file \(384, 64, 8, 8\), network \(384, 64, 4, 4\)\)"),
-    ("foreign", r"holds more than tensors \(types.SimpleNamespace\), and is not read"),
-    ("list", "holds a list, not named tensors"), ("lacking", "does not fit: .* missing, first "),
-    ("infinite", "conv1.weight has values that are not finite"), ("text", "is damaged, and is not read")])
+    ("lacking", "does not fit: .* missing, first "), ("infinite", "conv1.weight has values that are not finite")])
 def test_a_wrong_file_is_named_with_the_one_that_fits(imagenet, tmp_path, damage, says):
-    damaged = {"patch 32": {**imagenet, "trans_patch_conv.weight": torch.zeros(384, 64, 8, 8)}, "list": [1, 2],
+    damaged = {"patch 32": {**imagenet, "trans_patch_conv.weight": torch.zeros(384, 64, 8, 8)},
                "lacking": {name: value for name, value in imagenet.items() if "trans_block" not in name},
-               "infinite": {**imagenet, "conv1.weight": imagenet["conv1.weight"] / 0},
-               "foreign": {"model": SimpleNamespace(a=1)}}
-    if damage == "text":
-        (tmp_path / "w.pth").write_text("not weights")
-    else:
-        torch.save(damaged[damage], tmp_path / "w.pth")
+               "infinite": {**imagenet, "conv1.weight": imagenet["conv1.weight"] / 0}}
+    torch.save(damaged[damage], tmp_path / "w.pth")
     with pytest.raises(InputError, match=f"w.pth:? {says}.*: Conformer_tiny_patch16.pth fits") as raised:
         start_classifier("tiny", 20, tmp_path / "w.pth")
     assert "\n" not in str(raised.value)
@@ -151,13 +127,11 @@ def test_mxnet_file_gives_the_published_tensors(tmp_path, form):
         resnet38.read_resnet38(tmp_path / "cut.params", ": that fits")
 
 
-def test_psas_pth_of_resnet38_loads_without_its_heads_and_a_wider_one_is_named(tmp_path):
+def test_psas_pth_of_resnet38_loads_without_its_heads(tmp_path):
     state, backbone = resnet38.ResNet38(1).state_dict(), resnet38.ResNet38(1)
     torch.save({**state, "fc8.weight": torch.ones(20, 64, 1, 1)}, tmp_path / "res38.pth")
     resnet38.load_backbone(backbone, "resnet38", tmp_path / "res38.pth")
     assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
-    with pytest.raises(InputError, match=r"conv1a.weight \(file \(1, 3, 3, 3\), .*: ilsvrc.*params.* fits"):
-        resnet38.load_backbone(resnet38.ResNet38(2), "resnet38", tmp_path / "res38.pth")
 
 
 # ---------------------------------------------------------------- torchvision's ResNet-50
@@ -204,8 +178,7 @@ def test_without_a_network_resnet50_is_one_clear_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    said = run("bnr", "train", "--data", make_set(tmp_path / "set"), "--out", tmp_path / "o", "--device", "cpu",
-               "--preset", "small",
-               "--pretrained", "resnet50", "--batch-size", 2, status=1)
+    flags = ("--data", make_set(tmp_path / "set"), "--out", tmp_path / "o", "--device", "cpu", "--batch-size", 2)
+    said = run("bnr", "train", *flags, "--preset", "small", "--pretrained", "resnet50", status=1)
     assert said.splitlines()[-1].startswith("error: cannot fetch https://download.pytorch.org/models/resnet50")
     assert "(no route): name a file instead of resnet50" in said and "Traceback" not in said
