@@ -42,6 +42,13 @@ def test_rows_made_from_other_labels_or_classes_are_marked(here, change):  # noq
     assert marked == ["classifier", "plain CAM", "refined seeds", "affinity labels", "pseudo labels", "segmenter"]
 
 
+def test_labels_older_than_a_seed_that_was_made_again_alone_are_marked(here):  # noqa: F811
+    (here / "out/cams/toy_0000.npz").unlink()
+    run("bnr", "cams", "--scales", 0.5, *WHERE)
+    marked = {name for name, line in rows_of(score()).items() if "older than the seeds: make psa" in line}
+    assert {"affinity labels", "pseudo labels"} <= marked and "refined seeds" not in marked
+
+
 def test_map_stands_beside_the_list_it_was_measured_on(here):  # noqa: F811
     lists = here / "data/ImageSets/Segmentation"
     (lists / "val.txt").write_text("toy_0004\n")

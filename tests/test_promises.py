@@ -230,6 +230,7 @@ def test_a_changed_photo_is_named_with_what_mends_it(here):
             1, *stage(name), "--fresh")
     Path("out/cams/toy_0000.npz").unlink()
     run(*stage("cams"))
+    assert 'pseudo labels in out: older than the seeds: run "make psa" first' in refused(1, *stage("segmenter"))
     for name in ("affinity_labels", "pseudo_labels"):  # the files of that photo alone
         others = {path: content for path, content in results(name).items() if "0000" not in path}
         run(*stage(name))

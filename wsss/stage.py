@@ -166,10 +166,14 @@ def require_same(out, name, dataset, preset):
 
 
 def older_than(out, name):
-    """Name of an earlier stage that was made again since this one was made from it, or None."""
-    for source, source_id in read_record(out, name)["inputs"].items():
+    """Name of an earlier stage that was made again, whole or for a photo, since this one was made from it, or None."""
+    record = read_record(out, name)
+    for source, source_id in record["inputs"].items():
         found = find_record(out, source)
         if found is None or found["id"] != source_id:
+            return source
+        again = found.get("again", {}).items() - record.get("seen", {}).items()
+        if any((out / name / f"{photo}.png").is_file() for photo, _ in again):
             return source
         if older := older_than(out, source):
             return older
