@@ -142,7 +142,7 @@ def augment(crop, long_side):
         to_tensor()])
 
 
-def loss_of_part(loss, noise):
+def loss_of_images(loss, noise):
     """`losses` as `fit` wants it: a micro-batch's share of the loss of the whole batch, whose labels are given."""
     def loss_of(model, part, labels):
         total, terms = losses(model, *part, loss, noise)
@@ -196,7 +196,7 @@ def train(args):
         model = start_classifier(args.arch, len(dataset.classes), pretrained, args.sharpness)
         model = model.to(args.device, memory_format=torch.channels_last)
         optimizer = make_optimizer(model, args.lr, args.weight_decay, args.head_lr, args.transformer_lr)
-        loss_of = loss_of_part(args.loss, args.noise)
+        loss_of = loss_of_images(args.loss, args.noise)
         network = {"arch": args.arch, "classes": dataset.classes, "crop": args.crop}
 
         def score():

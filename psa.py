@@ -19,10 +19,10 @@ from wsss.crf import CRF_LABELS, crf_from_labels
 from wsss.data import DataSet, Images, require_labels
 from wsss.images import VOID, read_mask, require, to_tensor, write_mask
 from wsss.pool import autocast, for_each_photo
-from wsss.resnet38 import FITS, freeze_batch_norm, load_network, make_optimizer, start_network
+from wsss.resnet38 import FITS, freeze_batch_norm, load_network, make_psa_optimizer, start_network
 from wsss.seeds import hard_threshold, read_seeds
 from wsss.stage import FlagError, InputError
-from wsss.training import Batches, fit
+from wsss.training import Batches, falling_rate, fit
 
 STRIDE = 8  # pixels of the photo one affinity feature stands for
 RADIUS = 5  # places within it are compared
@@ -69,10 +69,10 @@ def transition(affinities, beta):
     return powers / powers.sum(0, keepdim=True)
 
 
-def random_walk(maps, transition, steps):
-    """maps T^steps. As written; the run uses `sparse_walk`. maps: (L, N), transition: (N, N)  ->  (L, N)"""
+def random_walk(maps, T, steps):
+    """maps T^steps. As written; the run uses `sparse_walk`. maps: (L, N), T: `transition`, (N, N)  ->  (L, N)"""
     for _ in range(steps):
-        maps = maps @ transition
+        maps = maps @ T
     return maps
 
 
@@ -256,11 +256,6 @@ def loss_of_pairs(radius):
     return loss_of
 
 
-def falling_rate(done):
-    """Factor on the learning rate after this share of the steps (PSA)."""
-    return (1 - done) ** 0.9
-
-
 def train(args):
     """Train AffinityNet on the affinity labels -> OUT/affinitynet/model.pth"""
     if args.crop % STRIDE or args.crop < 3 * STRIDE:
@@ -279,7 +274,7 @@ def train(args):
     def work(run):
         require_labels(dataset, ids, folder, "affinity labels", 'run "make psa"')
         net, network = start_network(lambda backbone: AffinityNet(backbone, frozen=not args.from_scratch), args)
-        optimizer = make_optimizer(net, NEW, args.lr, args.weight_decay, args.momentum, args.optimizer)
+        optimizer = make_psa_optimizer(net, NEW, args.lr, args.weight_decay, args.momentum, args.optimizer)
         fit(run, net, optimizer, batches, loss_of_pairs(radius), args.epochs * batches.per_epoch, network,
             schedule=falling_rate, amp=args.amp, micro_batch=args.micro_batch)
 

@@ -24,9 +24,9 @@ from wsss.images import (MEAN_COLOUR, VOID, jitter_hsv, overlay, read_mask, requ
                          write_mask)
 from wsss.pool import autocast, for_each_photo
 from wsss.presets import whole
-from wsss.resnet38 import FITS, freeze_batch_norm, load_network, make_optimizer, start_network
+from wsss.resnet38 import FITS, freeze_batch_norm, load_network, make_psa_optimizer, start_network
 from wsss.stage import InputError, read_record, write
-from wsss.training import Batches, fit
+from wsss.training import Batches, falling_rate, fit
 
 MOMENTUM = 0.9
 NEW = ("conv_fov", "conv_fov2", "cls_conv")
@@ -103,14 +103,14 @@ def augment_labelled(photo, label, scale_range, crop):
     return to_tensor()(photo), label.as_subclass(torch.Tensor).long()
 
 
-def loss_of_part(net, part, labels):
+def loss_of_pixels(net, part, labels):
     """`segmentation_loss` as `fit` wants it: of a micro-batch, over the labelled pixels of the whole batch."""
     return segmentation_loss(net(part[0]), part[1], (labels != VOID).sum()), {}
 
 
-def falling_rate(iterations):
+def rate_over(iterations):
     """Factor on the learning rate, of the share of steps done: (1 - i / (max + 1))^0.9."""
-    return lambda done: (1 - done * iterations / (iterations + 1)) ** 0.9
+    return lambda done: falling_rate(done * iterations / (iterations + 1))
 
 
 def train(args):
@@ -133,9 +133,9 @@ def train(args):
                 print(f"doubtful: {folder}: {line}")
         net, network = start_network(
             lambda backbone: DeepLab(backbone, dataset.num_classes, batch_norm, args.dropout, args.head_std), args)
-        optimizer = make_optimizer(net, NEW, args.lr, args.weight_decay, MOMENTUM, args.optimizer)
-        fit(run, net, optimizer, batches, loss_of_part, args.iterations, network,
-            schedule=falling_rate(args.iterations), amp=args.amp, micro_batch=args.micro_batch)
+        optimizer = make_psa_optimizer(net, NEW, args.lr, args.weight_decay, MOMENTUM, args.optimizer)
+        fit(run, net, optimizer, batches, loss_of_pixels, args.iterations, network,
+            schedule=rate_over(args.iterations), amp=args.amp, micro_batch=args.micro_batch)
 
     run_stage(args, "segmenter", work, dataset, reads=() if args.labels else ("pseudo_labels",), hints=FITS)
 

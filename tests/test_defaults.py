@@ -15,7 +15,7 @@ import bnr
 import psa
 import segment
 from wsss import crf, evaluate, images
-from wsss.resnet38 import ResNet38, make_optimizer
+from wsss.resnet38 import ResNet38, make_psa_optimizer
 
 NETWORK = {"backbone": "resnet38", "width": 64, "dropout": 1.0, "optimizer": "sgd", "from_scratch": False,
            "crop": 448, "weight_decay": 5e-4}
@@ -71,7 +71,7 @@ def test_help_shows_the_defaults_of_the_preset_that_would_be_taken(flags, crop):
 def test_learning_rates_are_1_2_10_and_20_fold_and_biases_do_not_decay():
     net = torch.nn.ModuleDict({"old": torch.nn.Linear(2, 3), "new": torch.nn.Linear(3, 4)})
     net["frozen"] = torch.nn.Linear(1, 1).requires_grad_(False)
-    groups = make_optimizer(net, ("new",), 0.001, 5e-4, 0.9).param_groups
+    groups = make_psa_optimizer(net, ("new",), 0.001, 5e-4, 0.9).param_groups
     rates = [(group["lr"], group["weight_decay"], [tuple(p.shape) for p in group["params"]]) for group in groups]
     assert rates == [(0.001, 5e-4, [(3, 2)]), (0.002, 0, [(3,)]), (0.01, 5e-4, [(4, 3)]), (0.02, 0, [(4,)])]
 

@@ -207,7 +207,7 @@ def test_the_classifier_trains_as_published(monkeypatch, tmp_path, loss):
     labels = [np.random.RandomState(1100 + step).rand(4, 20) < 0.15 for step in range(3)]
     batches = [[drawn_image(100 + n, 4, 96, 96).double(), torch.from_numpy(labels[n]).double()] for n in range(3)]
     optimizer = bnr.make_optimizer(model, voc["lr"], voc["weight_decay"], voc["head_lr"], voc["transformer_lr"])
-    assert_trains_alike(monkeypatch, tmp_path, loss, model, optimizer, batches, bnr.loss_of_part(loss, voc["noise"]),
+    assert_trains_alike(monkeypatch, tmp_path, loss, model, optimizer, batches, bnr.loss_of_images(loss, voc["noise"]),
                         loss=1e-6, update=1e-3)
 
 
@@ -215,9 +215,9 @@ def test_affinitynet_trains_as_published(monkeypatch, tmp_path):
     voc, net = defaults("psa train", "voc"), published_affinitynet(dropout=0)
     masks = [drawn_masks(step, [0, 0, 8, 15, 255])[:, ::psa.STRIDE, ::psa.STRIDE] for step in range(3)]
     batches = [[drawn_image(100 + step, 2, 96, 96), masks[step]] for step in range(3)]
-    optimizer = resnet38.make_optimizer(net, psa.NEW, voc["lr"], voc["weight_decay"], voc["momentum"])
+    optimizer = resnet38.make_psa_optimizer(net, psa.NEW, voc["lr"], voc["weight_decay"], voc["momentum"])
     assert_trains_alike(monkeypatch, tmp_path, "affinity", net, optimizer, batches, psa.loss_of_pairs(psa.RADIUS),
-                        loss=1e-4, update=1e-2, schedule=psa.falling_rate)
+                        loss=1e-4, update=1e-2, schedule=training.falling_rate)
 
 
 def test_the_segmenter_trains_as_published(monkeypatch, tmp_path):
@@ -225,7 +225,7 @@ def test_the_segmenter_trains_as_published(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
     voc, net = defaults("segment train", "voc"), published_deeplab(dropout=0).double()
     batches = [[drawn_image(100 + n, 2, 96, 96).double(), drawn_masks(n, [0, 3, 8, 255])] for n in range(3)]
-    optimizer = resnet38.make_optimizer(net, segment.NEW, voc["lr"], voc["weight_decay"], segment.MOMENTUM)
-    assert_trains_alike(monkeypatch, tmp_path, "segmenter", net, optimizer, batches, segment.loss_of_part,
-                        loss=(1e-4, 1e-4, 2e-3), update=1e-2, schedule=segment.falling_rate(3),
+    optimizer = resnet38.make_psa_optimizer(net, segment.NEW, voc["lr"], voc["weight_decay"], segment.MOMENTUM)
+    assert_trains_alike(monkeypatch, tmp_path, "segmenter", net, optimizer, batches, segment.loss_of_pixels,
+                        loss=(1e-4, 1e-4, 2e-3), update=1e-2, schedule=segment.rate_over(3),
                         unsure=("backbone.conv1a.weight", "backbone.b4.conv_branch2a.weight", "conv_fov.weight"))

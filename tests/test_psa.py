@@ -82,7 +82,7 @@ def test_losses_of_the_parts_of_a_batch_add_up_to_its_loss():
     features, logits = torch.randn(4, 3, 6, 9), torch.randn(4, 5, 2, 3)
     labels = torch.tensor([0, 1, 2, VOID])[torch.randint(0, 4, (4, 6, 9))]
     labels[0] = VOID  # an image without a pair or a pixel that counts
-    for loss_of, x in ((psa.loss_of_pairs(3), features), (segment.loss_of_part, logits)):
+    for loss_of, x in ((psa.loss_of_pairs(3), features), (segment.loss_of_pixels, logits)):
         parts = sum(loss_of(torch.nn.Identity(), part, labels)[0] for part in zip(x.split(3), labels.split(3)))
         assert_close(parts, loss_of(torch.nn.Identity(), (x, labels), labels)[0])
 

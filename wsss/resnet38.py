@@ -210,7 +210,7 @@ def freeze_batch_norm(model, statistics=True):
                 module.eval()
 
 
-def place(model, device):
+def to_device(model, device):
     """On the device; channels_last on cuda only: on the CPU torch 2.15's kernels crash on some narrow ResNet-38s."""
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
     return model.to(device, memory_format=layout)
@@ -225,7 +225,7 @@ def start_network(make, args):
     backbone = make_backbone(**network, dropout=args.dropout)
     if not args.from_scratch:
         load_backbone(backbone, args.backbone, path)
-    return place(make(backbone), args.device), network
+    return to_device(make(backbone), args.device), network
 
 
 def load_network(out, name, make, device):
@@ -233,10 +233,10 @@ def load_network(out, name, make, device):
     state, network = read_trained(out, name)
     net = make(make_backbone(**network), state)
     load_weights(net, state, out / name / "model.pth")
-    return place(net, device).eval()
+    return to_device(net, device).eval()
 
 
-def make_optimizer(model, new, lr, weight_decay, momentum, kind="sgd"):
+def make_psa_optimizer(model, new, lr, weight_decay, momentum, kind="sgd"):
     """SGD with PSA's groups; or AdamW at one rate for short trainings from scratch, where SGD learns little (ours)."""
     if kind == "adamw":
         return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)

@@ -26,6 +26,11 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+def falling_rate(done):
+    """Factor on the learning rate after this share of the steps (PSA; DeepLab)."""
+    return (1 - done) ** 0.9
+
+
 @functools.lru_cache(2)
 def order_of(count, seed, epoch):
     return np.random.default_rng(seed_of(0, seed, epoch)).permutation(count)

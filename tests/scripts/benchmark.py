@@ -348,7 +348,7 @@ def stage_forms(args, batch):
     photo = torch.randn(3, 47 * 8 // small, 63 * 8 // small, device=args.device)
 
     def training(make, count, loss):
-        net, photos = resnet38.place(make(), args.device), torch.randn(count, 3, crop, crop, device=args.device)
+        net, photos = resnet38.to_device(make(), args.device), torch.randn(count, 3, crop, crop, device=args.device)
 
         def step():
             with mixed(args.device):
@@ -357,7 +357,7 @@ def stage_forms(args, batch):
         return step
 
     def inference(make, run):
-        net = resnet38.place(make(), args.device).eval()
+        net = resnet38.to_device(make(), args.device).eval()
 
         def call():
             with mixed(args.device):
