@@ -7,6 +7,7 @@
 --loss transcam is the baseline (TransCAM), --loss bnr the paper's; --noise 1, 2, none are the columns of Table 5.
 """
 import wsss  # noqa: F401, must come first: names a package that is not installed
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,15 @@ from torchvision.transforms import v2
 
 from conformer import HEADS, STRIDE, TRANSFORMER, Conformer, file_that_fits, start_classifier
 from wsss.cli import Commands, run_stage
-from wsss.data import DataSet, Images
+from wsss.data import MEAN_COLOUR, DataSet, Images, random_long_side, square, to_tensor
 from wsss.evaluate import mean_average_precision
-from wsss.images import MEAN_COLOUR, random_long_side, square, to_tensor
-from wsss.pool import autocast, for_each_photo, loader
+from wsss.pool import autocast, for_each_photo
 from wsss.seeds import eigen_cam, read_seeds, write_seeds
 from wsss.stage import EARLIER, FlagError, InputError, require_same, write
 from wsss.training import Batches, fit
 from wsss.weights import load_weights, read_trained, read_weights
+
+TRANSCAM_FITS = ": a TransCAM classifier on Conformer-{} fits"  # how a message ends on a weight file
 
 
 # ---------------------------------------------------------------- equations, as written
@@ -108,13 +110,16 @@ def noisy_logits(qks, refined, noise):
     return noise / len(qks) * attend(constant, refined).mean((2, 3))
 
 
-# ---------------------------------------------------------------- loss
-
 def forward(model, images):
     """-> M (B, K, h, w), z = GAP(M) + Linear(class token) (B, K), the blocks' queries and keys"""
     features, token, qks = model(images)
     cam = class_activation_map(features, model.conv_cls_head.weight, model.conv_cls_head.bias)
     return cam, cam.float().mean((2, 3)) + model.trans_cls_head(token), qks
+
+
+def logits(model, images):
+    """z, of the image labels. (B, 3, H, W)  ->  (B, K)"""
+    return forward(model, images)[1]
 
 
 def losses(model, images, labels, loss, noise):
@@ -132,8 +137,6 @@ def losses(model, images, labels, loss, noise):
     return bnr_loss(loss_cls, loss_noisy), {"L_cls": loss_cls, "L_M**": loss_noisy}
 
 
-# ---------------------------------------------------------------- train
-
 def augment(crop, long_side):
     """PIL photo -> float32 (3, crop, crop)"""
     return v2.Compose([
@@ -142,13 +145,11 @@ def augment(crop, long_side):
         to_tensor()])
 
 
-def loss_of_images(loss, noise):
+def loss_of_images(model, part, labels, loss, noise):
     """`losses` as `fit` wants it: a micro-batch's share of the loss of the whole batch, whose labels are given."""
-    def loss_of(model, part, labels):
-        total, terms = losses(model, *part, loss, noise)
-        weight = len(part[0]) / len(labels)
-        return total * weight, {name: term * weight for name, term in terms.items()}
-    return loss_of
+    total, terms = losses(model, *part, loss, noise)
+    weight = len(part[0]) / len(labels)
+    return total * weight, {name: term * weight for name, term in terms.items()}
 
 
 def make_optimizer(model, lr, weight_decay, head_lr=1.0, transformer_lr=1.0):
@@ -160,17 +161,6 @@ def make_optimizer(model, lr, weight_decay, head_lr=1.0, transformer_lr=1.0):
         groups.setdefault(factor, []).append(parameter)
     groups = [{"params": parameters, "lr": lr * factor} for factor, parameters in groups.items() if parameters]
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
-
-
-@torch.inference_mode()
-def average_precision(model, images, labels, batch_size, device, workers, amp):
-    """Mean average precision of the image labels. images: `Images` of (3, s, s), labels: (n, K)  ->  in [0, 1]"""
-    model.eval()
-    scores = []
-    for batch in loader(images, device, workers, batch_size=batch_size):
-        with autocast(device, amp):
-            scores.append(forward(model, batch.to(device))[1].cpu())
-    return mean_average_precision(torch.cat(scores), labels)
 
 
 def train(args):
@@ -187,40 +177,41 @@ def train(args):
     dataset = DataSet(args.data)
     ids, val = dataset.ids("train_aug"), dataset.ids("val", required=False)
     labels, labels_of_val = dict(zip(ids, dataset.labels(ids))), dataset.labels(val)
-    digest_of_val = dataset.digest_of("val")
     images = Images(dataset.image, ids, lambda name, photo: (prepare(photo), labels[name]))
-    batches = Batches(images, args.batch_size, args.seed, args.device, args.workers)
+    images_of_val = Images(dataset.image, val, lambda name, photo: resize(photo))
+    measured_on = {"map_n": len(val), "map_of": dataset.digest_of("val")}
+    batches = Batches(images, args.batch_size, args.seed, args.workers)
+
+    def score(z):
+        return {"map": mean_average_precision(z, labels_of_val), **measured_on}
 
     def work(run):
         pretrained = None if args.from_scratch else args.pretrained
         model = start_classifier(args.arch, len(dataset.classes), pretrained, args.sharpness)
         model = model.to(args.device, memory_format=torch.channels_last)
         optimizer = make_optimizer(model, args.lr, args.weight_decay, args.head_lr, args.transformer_lr)
-        loss_of = loss_of_images(args.loss, args.noise)
         network = {"arch": args.arch, "classes": dataset.classes, "crop": args.crop}
-
-        def score():
-            photos = Images(dataset.image, val, lambda name, photo: resize(photo))
-            found = average_precision(model, photos, labels_of_val, args.batch_size, args.device, args.workers,
-                                      args.amp)
-            return {"map": found, "map_n": len(val), "map_of": digest_of_val}
-
-        fit(run, model, optimizer, batches, loss_of, args.epochs * batches.per_epoch, network,
-            amp=args.amp, micro_batch=args.micro_batch, after_epoch=score if val else None)
+        fit(run, model, optimizer, batches, partial(loss_of_images, loss=args.loss, noise=args.noise),
+            args.epochs * batches.per_epoch, network, amp=args.amp, micro_batch=args.micro_batch,
+            validation=(images_of_val, logits, score) if val else None)
 
     run_stage(args, "classifier", work, dataset, hints={"pretrained": fits})
 
 
-# ---------------------------------------------------------------- cams
+def load_classifier(out, device, weights=None, **told):
+    """OUT/classifier, or the TransCAM classifier in the file `weights`, of which `told` says "arch", "crop", "classes".
 
-def build_classifier(state, network, num_labels, path, device):
-    """The network that `read_weights` or `read_trained` read from `path`."""
-    model = Conformer(network["arch"], num_labels)
+    ->  the network, these three
+    """
+    fits = TRANSCAM_FITS.format(told.get("arch"))
+    state, network = read_weights(weights, fits) if weights else read_trained(out, "classifier")
+    network = {**told, **network}
+    model = Conformer(network["arch"], len(network["classes"]))
     for name, tensor in state.items():  # TransCAM's heads have an unused background class in row 0
-        if name.startswith(HEADS) and len(tensor) == 1 + num_labels:
+        if name.startswith(HEADS) and len(tensor) == 1 + len(network["classes"]):
             state = {**state, name: tensor[1:]}
-    load_weights(model, state, path, hint=f": a TransCAM classifier on Conformer-{network['arch']} fits")
-    return model.to(device, memory_format=torch.channels_last).eval()
+    load_weights(model, state, weights or out / "classifier" / "model.pth", hint=fits)
+    return model.to(device, memory_format=torch.channels_last).eval(), network
 
 
 def sides(crop, scales):
@@ -255,28 +246,24 @@ def cams(args):
     dataset = DataSet(args.data)
     ids = dataset.ids(args.split) if args.split else dataset.ids_of_seeds()
     labels = dict(zip(ids, dataset.labels(ids)))
-    fits = f": a TransCAM classifier on Conformer-{args.arch} fits"
     names = ["refined"] + ["plain"] * (args.plain or args.eigen) + ["eigen"] * args.eigen
 
     def work(run, todo):
-        network = {"arch": args.arch, "crop": args.crop}  # for a foreign file; our own file says it
-        path = args.weights or run.out / "classifier" / "model.pth"
-        state, told = read_weights(path, fits) if args.weights else read_trained(run.out, "classifier")
-        network.update(told)
-        if network.get("classes", dataset.classes) != dataset.classes:
-            raise InputError(f"the classes of {path} are {' '.join(network['classes'])}, of {dataset.root} "
+        model, network = load_classifier(args.out, args.device, args.weights, arch=args.arch, crop=args.crop,
+                                         classes=dataset.classes)
+        if network["classes"] != dataset.classes:
+            raise InputError(f"the classes of {args.weights} are {' '.join(network['classes'])}, of {dataset.root} "
                              f"{' '.join(dataset.classes)}")
-        model = build_classifier(state, network, len(dataset.classes), path, args.device)
         resize = [square(side) for side in sides(network["crop"], args.scales)]
 
         def item(name, photo):
             return name, *photo.size[::-1], [shrink(photo) for shrink in resize]
 
-        def compute(found, heights, widths, images):
-            full = [n % len(found) for n in range(args.batch_size)]  # a short batch is filled up, for the same bytes
-            own = torch.stack([labels[found[n]] for n in full])
-            maps = multi_scale(model, [x[full].to(args.device) for x in images], own, names, args.device, args.amp)
-            for n, name in enumerate(found):
+        def compute(ids_here, heights, widths, images):
+            full = [n % len(ids_here) for n in range(args.batch_size)]  # a short batch is filled up, for the same bytes
+            rows = torch.stack([labels[ids_here[n]] for n in full])
+            maps = multi_scale(model, [x[full].to(args.device) for x in images], rows, names, args.device, args.amp)
+            for n, name in enumerate(ids_here):
                 classes = labels[name].nonzero()[:, 0]
                 chosen = {kind: [(scale[n] if kind == "eigen" else scale[n, classes]).numpy() for scale in scales]
                           for kind, scales in maps.items()}
@@ -286,13 +273,14 @@ def cams(args):
 
     of_file = () if args.weights else ("arch", "crop")  # what our own classifier tells itself
     run_stage(args, "cams", work, dataset, reads=() if args.weights else ("classifier",), ids=ids, ending=".npz",
-              ignore=("batch_size", "seed", *of_file), hints={"weights": fits}, is_part=bool(args.split))
+              ignore=("batch_size", "seed", *of_file), hints={"weights": TRANSCAM_FITS.format(args.arch)},
+              is_part=bool(args.split))
 
 
 def export(args):
     """Write the seeds of every photo as DIR/ID/CLASS.npy, float32 (H, W) in [0, 1], for other people's code."""
     dataset, folder = DataSet(args.data), args.out / "cams"
-    require_same(args.out, "cams", dataset, args.preset)
+    require_same(args.out, "cams", args.preset, dataset)
     for path in sorted(folder.rglob("[!.]*.npz")):
         if EARLIER in path.parts:  # of a result that is being replaced
             continue

@@ -173,16 +173,6 @@ class Conformer(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(_init)
 
-    def stages(self):
-        """conv_trans_2 to conv_trans_12 (of nano: 4)."""
-        return [self.get_submodule(f"conv_trans_{stage}") for stage in range(2, self.depth + 1)]
-
-    def blocks(self):
-        """Names and modules of the transformer blocks, first to last."""
-        yield "trans_1", self.trans_1
-        for stage, module in enumerate(self.stages(), start=2):
-            yield f"conv_trans_{stage}.trans_block", module.trans_block
-
     def forward(self, images):
         if images.shape[2] % STRIDE or images.shape[3] % STRIDE:
             raise ValueError(f"image sides {tuple(images.shape[2:])} are not multiples of {STRIDE}")
@@ -191,8 +181,8 @@ class Conformer(nn.Module):
         tokens = self.trans_patch_conv(stem).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens, qk = self.trans_1(torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1))
         qks = [qk]
-        for stage in self.stages():
-            x, tokens, qk = stage(x, tokens)
+        for stage in range(2, self.depth + 1):
+            x, tokens, qk = self.get_submodule(f"conv_trans_{stage}")(x, tokens)
             qks.append(qk)
         return x, self.trans_norm(tokens[:, 0]), qks
 
@@ -268,14 +258,14 @@ def start_classifier(arch, num_labels, pretrained=None, sharpness=60.0):
     model = Conformer(arch, num_labels)
     fresh = list(model.state_dict())
     if pretrained:
-        path, hint = fetch(RESNET50) if pretrained == RESNET50 else pretrained, file_that_fits(arch)
-        state, _ = read_weights(path, hint)
+        hint = file_that_fits(arch)
+        state = fetch(RESNET50) if pretrained == RESNET50 else read_weights(pretrained, hint)[0]
         is_resnet50 = "layer1.0.conv1.weight" in state
         state = rename_resnet50(state) if is_resnet50 else state
-        fresh = load_weights(model, state, path, HEADS, partial=is_resnet50, hint=hint)
+        fresh = load_weights(model, state, pretrained, HEADS, partial=is_resnet50, hint=hint)
         if is_resnet50:
             init_identity(model, fresh)
-    for name, block in model.blocks():
-        if sharpness and f"{name}.attn.qkv.weight" in fresh:
-            init_attention(block, sharpness)
+    for name, module in model.named_modules():
+        if sharpness and isinstance(module, Block) and f"{name}.attn.qkv.weight" in fresh:
+            init_attention(module, sharpness)
     return model

@@ -6,6 +6,7 @@
 """
 import wsss  # noqa: F401, must come first: names a package that is not installed
 import warnings
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,12 +17,12 @@ from torchvision.transforms import v2
 
 from wsss.cli import Commands, run_stage
 from wsss.crf import CRF_LABELS, crf_from_labels
-from wsss.data import DataSet, Images, require_labels
-from wsss.images import VOID, read_mask, require, to_tensor, write_mask
+from wsss.data import DataSet, Images, to_tensor
+from wsss.masks import VOID, read_mask, write_made
 from wsss.pool import autocast, for_each_photo
 from wsss.resnet38 import FITS, freeze_batch_norm, load_network, make_psa_optimizer, start_network
 from wsss.seeds import hard_threshold, read_seeds
-from wsss.stage import FlagError, InputError
+from wsss.stage import FlagError, InputError, require
 from wsss.training import Batches, falling_rate, fit
 
 STRIDE = 8  # pixels of the photo one affinity feature stands for
@@ -49,23 +50,23 @@ def pair_kinds(start, end):
     return alike & (start == 0), alike & (start != 0), valid & (start != end)
 
 
-def affinity_loss(affinities, kinds, counts, eps=1e-5):
+def affinity_loss(values, kinds, counts, eps=1e-5):
     """1/4 background pairs + 1/4 pairs of one class + 1/2 unlike pairs, each a mean over the whole batch's pairs.
 
-    affinities: (...), kinds: `pair_kinds` of that shape, counts: how many pairs of each kind the batch has  ->  scalar
+    values: affinities (...), kinds: `pair_kinds` of that shape, counts: pairs of each kind in the batch  ->  scalar
     """
-    positive, negative = -(affinities + eps).log(), -(1 + eps - affinities).log()
+    positive, negative = -(values + eps).log(), -(1 + eps - values).log()
     background, same, unlike = ((loss * kind).sum() / (count + eps)
                                 for loss, kind, count in zip((positive, positive, negative), kinds, counts))
     return background / 4 + same / 4 + unlike / 2
 
 
-def transition(affinities, beta):
+def transition(matrix, beta):
     """T of the walk: affinities to the power beta, each column divided by its sum. As written; the run: `sparse_walk`.
 
-    affinities: (N, N), symmetric, 1 on the diagonal  ->  (N, N)
+    matrix: affinities (N, N), symmetric, 1 on the diagonal  ->  (N, N)
     """
-    powers = affinities ** beta
+    powers = matrix ** beta
     return powers / powers.sum(0, keepdim=True)
 
 
@@ -132,41 +133,36 @@ def kinds_of(labels, radius):
     return pair_kinds(start[:, None], torch.stack(ends, dim=1))
 
 
-def sparse_transition(affinities, height, width, radius, beta):
-    """The transpose of `transition`, its rows divided by their sums. (34, h', w')  ->  sparse CSR (N, N)"""
-    place = torch.arange(height * width, device=affinities.device).view(height, width)
+def sparse_walk(maps, values, radius, beta, steps):
+    """`random_walk` by products with the transpose of T, sparse: 100 times faster at 47x63 places, O(N) memory.
+
+    maps: (L, h, w), values: `affinities` (34, h', w')  ->  (L, h, w)
+    """
+    L, h, w = maps.shape
+    place = torch.arange(h * w, device=values.device).view(h, w)
     start, ends = pairs(place, radius)
-    i, j, own = start.expand(len(ends), *start.shape).flatten(), torch.stack(ends).flatten(), place.flatten()
-    value = affinities.flatten().float() ** beta
-    index = torch.stack([torch.cat([i, j, own]), torch.cat([j, i, own])])
-    value = torch.cat([value, value, torch.ones_like(own, dtype=torch.float32)])
-    shape = (height * width,) * 2
+    i, j, diagonal = start.expand(len(ends), *start.shape).flatten(), torch.stack(ends).flatten(), place.flatten()
+    powers = values.flatten().float() ** beta
+    index = torch.stack([torch.cat([i, j, diagonal]), torch.cat([j, i, diagonal])])
+    powers = torch.cat([powers, powers, torch.ones_like(diagonal, dtype=torch.float32)])
     with warnings.catch_warnings():
         # torch calls its sparse CSR a beta, or says that it checks no indices; tests hold it to the dense product
         warnings.simplefilter("ignore")
-        matrix = torch.sparse_coo_tensor(index, value, shape, check_invariants=False).coalesce()
+        matrix = torch.sparse_coo_tensor(index, powers, (h * w, h * w), check_invariants=False).coalesce()
         rows, columns = matrix.indices()
-        sums = torch.zeros(height * width, device=value.device).index_add_(0, rows, matrix.values())
-        starts = F.pad(rows.bincount(minlength=height * width).cumsum(0), (1, 0))
-        return torch.sparse_csr_tensor(starts.int(), columns.int(), matrix.values() / sums[rows], shape)  # int32: small
-
-
-def sparse_walk(maps, affinities, radius, beta, steps):
-    """`random_walk` by sparse products: 100 times faster at 47x63 places, O(N) memory. (L, h, w)  ->  (L, h, w)"""
-    L, h, w = maps.shape
-    matrix = sparse_transition(affinities, h, w, radius, beta)
+        sums = torch.zeros(h * w, device=powers.device).index_add_(0, rows, matrix.values())
+        starts = F.pad(rows.bincount(minlength=h * w).cumsum(0), (1, 0))
+        matrix = torch.sparse_csr_tensor(starts.int(), columns.int(), matrix.values() / sums[rows], (h * w, h * w))
     x = maps.reshape(L, -1).t().contiguous().float()  # (N, L)
     for _ in range(steps):
         x = matrix @ x
     return x.t().reshape(L, h, w)
 
 
-# ---------------------------------------------------------------- affinity labels
-
-def affinity_label(classes, cams, photo, num_classes, foreground, background, crf):
+def affinity_label(photo, classes, cams, num_classes, foreground, background, crf):
     """Sure foreground, sure background, the rest VOID, each from a thresholded seed through the CRF.
 
-    classes: (k,), cams: (k, H, W) in [0, 1], photo: uint8 (H, W, 3)  ->  uint8 (H, W)
+    photo: uint8 (H, W, 3), classes: (k,), cams: (k, H, W) in [0, 1]  ->  uint8 (H, W)
     """
     high = crf_from_labels(photo, hard_threshold(classes, cams, foreground), num_classes, **crf)
     low = crf_from_labels(photo, hard_threshold(classes, cams, background), num_classes, **crf)
@@ -186,10 +182,6 @@ def item_with_seeds(out, ids):
     return item
 
 
-def write_affinity_label(path, photo, classes, cams, num_classes, foreground, background):
-    write_mask(path, affinity_label(classes, cams, photo, num_classes, foreground, background, CRF_LABELS))
-
-
 def labels(args):
     """Affinity labels of train_aug from the seeds at two thresholds -> OUT/affinity_labels/ID.png"""
     if args.foreground < args.background:
@@ -198,16 +190,15 @@ def labels(args):
     ids = dataset.ids("train_aug")
 
     def work(run, todo):
-        def compute(file, *found):
-            yield run.folder / file, *found, dataset.num_classes, args.foreground, args.background
+        def compute(file, *inputs):
+            yield (affinity_label, run.folder / file, *inputs, dataset.num_classes, args.foreground, args.background,
+                   CRF_LABELS)
 
         item = item_with_seeds(args.out, ids)
-        for_each_photo(run, dataset.image, todo, item, compute, write_affinity_label, args.device, args.workers)
+        for_each_photo(run, dataset.image, todo, item, compute, write_made, args.device, args.workers)
 
     run_stage(args, "affinity_labels", work, dataset, reads=("cams",), ids=ids, ignore=("seed", "precision"))
 
-
-# ---------------------------------------------------------------- AffinityNet
 
 class AffinityNet(nn.Module):
     """Features whose differences are affinities (PSA). (B, 3, H, W) -> (B, 448, H/8, W/8)"""
@@ -247,13 +238,11 @@ def augment_pair(crop):
                        v2.RandomHorizontalFlip(), to_tensor()])
 
 
-def loss_of_pairs(radius):
+def loss_of_pairs(net, part, labels, radius):
     """`affinity_loss` as `fit` wants it: of the pairs of a micro-batch, over the counts of the whole batch."""
-    def loss_of(net, part, labels):
-        kinds = kinds_of(part[1], radius)
-        counts = [kind.sum() for kind in (kinds if len(labels) == len(part[1]) else kinds_of(labels, radius))]
-        return affinity_loss(affinities(net(part[0]), radius), kinds, counts), {}
-    return loss_of
+    kinds = kinds_of(part[1], radius)
+    counts = [kind.sum() for kind in (kinds if len(labels) == len(part[1]) else kinds_of(labels, radius))]
+    return affinity_loss(affinities(net(part[0]), radius), kinds, counts), {}
 
 
 def train(args):
@@ -269,19 +258,17 @@ def train(args):
         photo, label = prepare(photo, tv_tensors.Mask(label))
         return photo, label.as_subclass(torch.Tensor)[::STRIDE, ::STRIDE]
 
-    batches = Batches(Images(dataset.image, ids, item), args.batch_size, args.seed, args.device, args.workers)
+    batches = Batches(Images(dataset.image, ids, item), args.batch_size, args.seed, args.workers)
 
     def work(run):
-        require_labels(dataset, ids, folder, "affinity labels", 'run "make psa"')
+        require([folder / f"{name}.png" for name in ids], "affinity labels", ': run "make psa"')
         net, network = start_network(lambda backbone: AffinityNet(backbone, frozen=not args.from_scratch), args)
         optimizer = make_psa_optimizer(net, NEW, args.lr, args.weight_decay, args.momentum, args.optimizer)
-        fit(run, net, optimizer, batches, loss_of_pairs(radius), args.epochs * batches.per_epoch, network,
-            schedule=falling_rate, amp=args.amp, micro_batch=args.micro_batch)
+        fit(run, net, optimizer, batches, partial(loss_of_pairs, radius=radius), args.epochs * batches.per_epoch,
+            network, schedule=falling_rate, amp=args.amp, micro_batch=args.micro_batch)
 
     run_stage(args, "affinitynet", work, dataset, reads=("affinity_labels",), hints=FITS)
 
-
-# ---------------------------------------------------------------- random walk
 
 @torch.inference_mode()
 def walk_scores(net, photo, cams, background_score, beta, steps):
@@ -304,13 +291,9 @@ def pseudo_label(scores, classes, photo, num_classes):
     """
     H, W = photo.shape[:2]
     padded = np.pad(photo, ((0, -H % STRIDE), (0, -W % STRIDE), (0, 0)))
-    full = F.interpolate(scores[None], padded.shape[:2], mode="bilinear", align_corners=False)[0]
+    full = F.interpolate(torch.as_tensor(scores)[None], padded.shape[:2], mode="bilinear", align_corners=False)[0]
     label = np.append(0, classes)[full.argmax(0).numpy()].astype(np.uint8)
     return crf_from_labels(padded, label, num_classes, **CRF_LABELS)[:H, :W]
-
-
-def write_pseudo_label(path, photo, scores, classes, num_classes):
-    write_mask(path, pseudo_label(torch.from_numpy(scores), classes, photo, num_classes))
 
 
 def walk(args):
@@ -326,9 +309,9 @@ def walk(args):
             with autocast(args.device, args.amp):
                 scores = walk_scores(net, normalised(photo).to(args.device), torch.from_numpy(cams).to(args.device),
                                      args.background_score, args.beta, 2 ** args.log_steps)
-            yield run.folder / file, photo, scores.cpu().numpy(), classes, dataset.num_classes
+            yield pseudo_label, run.folder / file, scores.cpu().numpy(), classes, photo, dataset.num_classes
 
-        for_each_photo(run, dataset.image, todo, item, compute, write_pseudo_label, args.device, args.workers)
+        for_each_photo(run, dataset.image, todo, item, compute, write_made, args.device, args.workers)
 
     run_stage(args, "pseudo_labels", work, dataset, reads=("cams", "affinitynet"), ids=ids, ignore=("seed",))
 

@@ -18,14 +18,12 @@ from torchvision.transforms import v2
 
 from wsss.cli import Commands, run_stage
 from wsss.crf import CRF_SCORES, dense_crf
-from wsss.data import (PHOTOS, DataSet, Images, classes_in, contradictions, find_photos, photo_id,
-                       require_labels)
-from wsss.images import (MEAN_COLOUR, VOID, jitter_hsv, overlay, read_mask, require, scale_like_opencv, to_tensor,
-                         write_mask)
+from wsss.data import MEAN_COLOUR, DataSet, Images, jitter_hsv, photos_in, scale_like_opencv, to_tensor
+from wsss.masks import VOID, classes_in, contradictions, overlay, read_mask, write_mask
 from wsss.pool import autocast, for_each_photo
 from wsss.presets import whole
 from wsss.resnet38 import FITS, freeze_batch_norm, load_network, make_psa_optimizer, start_network
-from wsss.stage import InputError, read_record, write
+from wsss.stage import require, require_same, write
 from wsss.training import Batches, falling_rate, fit
 
 MOMENTUM = 0.9
@@ -86,8 +84,6 @@ def segmentation_loss(logits, labels, pixels):
     return F.cross_entropy(full, labels, ignore_index=VOID, reduction="sum") / max(pixels, 1)
 
 
-# ---------------------------------------------------------------- train
-
 def augment_labelled(photo, label, scale_range, crop):
     """Colour jitter, flip, scale, crop; the photo is padded with the mean colour, the label with void.
 
@@ -122,11 +118,11 @@ def train(args):
         label = read_mask(folder / f"{name}.png", dataset.num_classes, photo.size[::-1])
         return augment_labelled(photo, label, args.scale_range, args.crop)
 
-    batches = Batches(Images(dataset.image, ids, item), args.batch_size, args.seed, args.device, args.workers)
+    batches = Batches(Images(dataset.image, ids, item), args.batch_size, args.seed, args.workers)
     batch_norm = "trained" if args.from_scratch else "frozen" if args.freeze_bn else "published"
 
     def work(run):
-        require_labels(dataset, ids, folder, "labels", "" if args.labels else 'run "make psa"')
+        require([folder / f"{name}.png" for name in ids], "labels", "" if args.labels else ': run "make psa"')
         if args.labels:
             shown = [classes_in(folder / f"{name}.png", dataset.num_classes) for name in ids]
             for line in contradictions(dataset, ids, shown):
@@ -139,8 +135,6 @@ def train(args):
 
     run_stage(args, "segmenter", work, dataset, reads=() if args.labels else ("pseudo_labels",), hints=FITS)
 
-
-# ---------------------------------------------------------------- predict
 
 @torch.inference_mode()
 def probabilities(net, photos, size):
@@ -167,8 +161,8 @@ def write_segmentation(path, photo, scores, crf, with_overlay):
         write(path.with_name(f"{path.stem}_overlay.png"), lambda file: picture.save(file, format="PNG"))
 
 
-def segment(args, run, path_of, names, folder, with_overlay=False):
-    """Run OUT/segmenter/model.pth on photos and write their masks, FOLDER/ID.png, with an overlay if asked for."""
+def segment(args, path_of, names, folder, run=None):
+    """Run OUT/segmenter/model.pth on photos -> FOLDER/ID.png; outside of a stage with an overlay beside it."""
     normalised = to_tensor()
     net = load_network(args.out, "segmenter", lambda backbone, state: DeepLab(backbone, len(state["cls_conv.bias"])),
                        args.device)
@@ -180,7 +174,7 @@ def segment(args, run, path_of, names, folder, with_overlay=False):
         with autocast(args.device, args.amp):
             scores = probabilities(net, [x.to(args.device) for x in scaled], photo.shape[:2])
         scores = scores if args.crf else scores.argmax(0)
-        yield folder / file, photo, scores.cpu().numpy(), args.crf, with_overlay
+        yield folder / file, photo, scores.cpu().numpy(), args.crf, run is None
 
     for_each_photo(run, path_of, names, item, compute, write_segmentation, args.device, args.workers)
 
@@ -190,9 +184,8 @@ def predict(args):
     if args.paths:
         return predict_paths(args)
     dataset = DataSet(args.data)
-    if args.ids:
-        ids = [dataset.find_id(name, "--ids") for name in args.ids]
-    else:
+    ids = [dataset.find_id(name, "--ids") for name in args.ids or ()]
+    if not ids:
         or_others = args.split in (None, "train")  # where val or train is missing, train_aug
         ids = dataset.ids(args.split or "val", required=not or_others) or dataset.ids("train_aug")
         ids = ids[:args.first]
@@ -202,33 +195,19 @@ def predict(args):
 
 def segment_list(args, dataset, name, ids, is_part=False):
     def work(run, todo):
-        segment(args, run, dataset.image, todo, run.folder)
+        segment(args, dataset.image, todo, run.folder, run)
 
     run_stage(args, name, work, dataset, reads=("segmenter",), ids=ids, ignore=("seed",), is_part=is_part)
 
 
 def predict_paths(args):
     """Segment any photos, from no data set -> OUT/predictions/ID.png and ID_overlay.png"""
-    folder, photos = args.out / "predictions", {}
-    for start in args.paths:
-        if not (start.is_dir() or start.is_file()):
-            raise InputError(f"no photo and no folder {start}")
-        ours = folder if start.resolve() == args.out.resolve() else args.out
-        for path in find_photos(start, leave_out=ours) if start.is_dir() else [start]:
-            name = photo_id(path.relative_to(start).as_posix() if start.is_dir() else path.name, start)
-            if photos.setdefault(name, path) != path:
-                raise InputError(f"two photos would be written as {name}: {photos[name]} and {path}")
-    if clash := next((name for name in photos if f"{name}_overlay" in photos), None):
-        other = photos[f"{clash}_overlay"]
-        raise InputError(f"{other} would be written over the overlay of {photos[clash]}: rename it")
-    if not photos:
-        raise InputError(f"no photos in {', '.join(map(str, args.paths))}: of {' '.join(PHOTOS)}")
-    record = read_record(args.out, "segmenter")
-    if record["preset"] != args.preset:
-        raise InputError(f"{args.out / 'segmenter'} was made with another preset: add --preset {record['preset']}")
+    folder, is_out = args.out / "predictions", args.out.resolve() in map(Path.resolve, args.paths)
+    photos = photos_in(args.paths, leave_out=folder if is_out else args.out)
+    require_same(args.out, "segmenter", args.preset)
     if there := [name for name in photos if (folder / f"{name}.png").exists()]:
         print(f"note: {len(there)} masks in {folder} are written over, first {there[0]}.png")
-    segment(args, None, photos.get, list(photos), folder, with_overlay=True)
+    segment(args, photos.get, list(photos), folder)
     print(f"{len(photos)} photos -> {folder}")
 
 

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 import bnr
 import psa
 import segment
-from wsss import crf, evaluate, images
+from wsss import crf, data, evaluate, masks
 from wsss.resnet38 import ResNet38, make_psa_optimizer
 
 NETWORK = {"backbone": "resnet38", "width": 64, "dropout": 1.0, "optimizer": "sgd", "from_scratch": False,
@@ -79,8 +79,8 @@ def test_learning_rates_are_1_2_10_and_20_fold_and_biases_do_not_decay():
 def test_facts_that_are_no_flags_are_the_published_ones():
     assert crf.CRF_LABELS == {"gauss": (3, 3), "bilateral": (50, 5, 10), "steps": 10, "sure": 0.7}
     assert crf.CRF_SCORES == {"gauss": (3, 3), "bilateral": (32, 13, 10), "steps": 1}
-    assert (images.MEAN, images.STD, images.VOID) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 255)
-    assert images.MEAN_COLOUR == (124, 116, 104)
+    assert (data.MEAN, data.STD, masks.VOID) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 255)
+    assert data.MEAN_COLOUR == (124, 116, 104)
     assert evaluate.THRESHOLDS.tolist() == pytest.approx(np.linspace(0, 0.59, 60).tolist())
     assert (psa.STRIDE, psa.RADIUS, ResNet38.FROZEN) == (8, 5, ("conv1a", "b2", "b2_1", "b2_2"))
     net = segment.DeepLab(ResNet38(1), 4)
@@ -90,7 +90,7 @@ def test_facts_that_are_no_flags_are_the_published_ones():
 
 
 @pytest.mark.parametrize("augment, order, padding", [
-    (bnr.augment(512, (320, 640)), (v2.RandomHorizontalFlip, v2.ColorJitter, v2.RandomCrop), images.MEAN_COLOUR),
+    (bnr.augment(512, (320, 640)), (v2.RandomHorizontalFlip, v2.ColorJitter, v2.RandomCrop), data.MEAN_COLOUR),
     (psa.augment_pair(448), (v2.ColorJitter, v2.RandomCrop, v2.RandomHorizontalFlip), 0)])
 def test_photos_are_changed_by_the_published_amounts_in_the_published_order(augment, order, padding):
     steps = [step for step in augment.transforms if isinstance(step, order)]

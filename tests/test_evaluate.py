@@ -7,7 +7,7 @@ import pytest
 from conftest import make_set, run
 from small_run import WHERE, finished, here  # noqa: F401
 
-from wsss.images import VOID, read_mask, write_mask
+from wsss.masks import VOID, read_mask, write_mask
 from wsss.stage import read_json
 
 

@@ -1,5 +1,6 @@
 """Equality with the published code on the CPU: forward passes, gradients, whole training loops."""
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ import bnr
 import psa
 import segment
 from conformer import HEADS, Conformer
-from wsss import data, images, resnet38, seeds, training
+from wsss import data, resnet38, seeds, training
 from wsss.crf import CRF_LABELS, CRF_SCORES, crf_from_labels, dense_crf
 from wsss.presets import defaults
 
@@ -134,7 +135,7 @@ def test_label_map_and_its_crf_equal_the_published(published, threshold):
 
 def test_random_walk_equals_the_published(published):
     golden, photo, classes, cams = published
-    net, tensor = published_affinitynet().eval(), images.to_tensor()(Image.fromarray(photo))
+    net, tensor = published_affinitynet().eval(), data.to_tensor()(Image.fromarray(photo))
     scores = psa.walk_scores(net, tensor, torch.from_numpy(cams), background_score=0.42, beta=14, steps=2 ** 7)
     assert largest_difference(scores, golden["0_walk_low"]) < 1e-3
     height, width = photo.shape[:2]
@@ -148,19 +149,19 @@ def test_random_walk_equals_the_published(published):
 def test_photos_and_masks_are_scaled_as_opencv_scales_them(factor):
     golden = np.load(GOLDEN / "scaling.npz")
     photo = torch.from_numpy(golden["photo"]).permute(2, 0, 1).float()
-    found = images.scale_like_opencv(photo, factor).round().clamp(0, 255).permute(1, 2, 0).numpy()
+    found = data.scale_like_opencv(photo, factor).round().clamp(0, 255).permute(1, 2, 0).numpy()
     different = np.abs(found - golden[f"scaled_{factor}"])
     assert found.shape == different.shape and different.max() <= 1 and (different > 0).sum() <= 1
     rows, columns = (np.floor(np.arange(length) / factor).astype(int) for length in found.shape[:2])
     mask = torch.arange(61 * 83).view(61, 83)  # each pixel a value of its own
     expected = mask[rows.clip(max=60)][:, columns.clip(max=82)]
-    assert torch.equal(images.scale_like_opencv(mask[None].float(), factor, "nearest")[0].long(), expected)
+    assert torch.equal(data.scale_like_opencv(mask[None].float(), factor, "nearest")[0].long(), expected)
 
 
 def test_the_segmenters_test_equals_the_published():
     golden, net = np.load(GOLDEN / "segment_test.npz"), published_deeplab(scale=4).eval()
-    photo = images.to_tensor()(Image.fromarray(golden["photo"]))
-    scaled = [images.scale_like_opencv(photo, factor) for factor in defaults("segment predict", "voc")["scales"]]
+    photo = data.to_tensor()(Image.fromarray(golden["photo"]))
+    scaled = [data.scale_like_opencv(photo, factor) for factor in defaults("segment predict", "voc")["scales"]]
     scores = segment.probabilities(net, scaled, (97, 129)).numpy()
     assert np.abs(scores[:, ::4, ::4] - golden["probabilities"]).max() < 1e-5
     assert (scores.argmax(0) == golden["argmax"]).mean() >= 0.9999
@@ -183,7 +184,8 @@ def assert_trains_alike(monkeypatch, folder, loop, net, optimizer, batches, loss
     golden = np.load(GOLDEN / "training.npz")
     monkeypatch.setattr(training, "LOG_STEPS", 1)
     run = SimpleNamespace(folder=folder, record={"id": "x"}, name=loop, what=loop, start=list, save=list)
-    given = SimpleNamespace(batch_size=len(batches[0][0]), per_epoch=3, seed=0, load=lambda *_: batches)
+    given = SimpleNamespace(batch_size=len(batches[0][0]), per_epoch=3, seed=0, images=None, workers=0, shares=range)
+    monkeypatch.setattr(training, "loader", lambda *_, **how: batches)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     training.fit(run, net, optimizer, given, loss_of, 3, {}, **how)
     found = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -207,17 +209,19 @@ def test_the_classifier_trains_as_published(monkeypatch, tmp_path, loss):
     labels = [np.random.RandomState(1100 + step).rand(4, 20) < 0.15 for step in range(3)]
     batches = [[drawn_image(100 + n, 4, 96, 96).double(), torch.from_numpy(labels[n]).double()] for n in range(3)]
     optimizer = bnr.make_optimizer(model, voc["lr"], voc["weight_decay"], voc["head_lr"], voc["transformer_lr"])
-    assert_trains_alike(monkeypatch, tmp_path, loss, model, optimizer, batches, bnr.loss_of_images(loss, voc["noise"]),
-                        loss=1e-6, update=1e-3)
+    loss_of = partial(bnr.loss_of_images, loss=loss, noise=voc["noise"])
+    assert_trains_alike(monkeypatch, tmp_path, loss, model, optimizer, batches, loss_of, loss=1e-6, update=1e-3)
 
 
 def test_affinitynet_trains_as_published(monkeypatch, tmp_path):
-    voc, net = defaults("psa train", "voc"), published_affinitynet(dropout=0)
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    voc, net = defaults("psa train", "voc"), published_affinitynet(dropout=0).double()
     masks = [drawn_masks(step, [0, 0, 8, 15, 255])[:, ::psa.STRIDE, ::psa.STRIDE] for step in range(3)]
-    batches = [[drawn_image(100 + step, 2, 96, 96), masks[step]] for step in range(3)]
+    batches = [[drawn_image(100 + step, 2, 96, 96).double(), masks[step]] for step in range(3)]
     optimizer = resnet38.make_psa_optimizer(net, psa.NEW, voc["lr"], voc["weight_decay"], voc["momentum"])
-    assert_trains_alike(monkeypatch, tmp_path, "affinity", net, optimizer, batches, psa.loss_of_pairs(psa.RADIUS),
-                        loss=1e-4, update=1e-2, schedule=training.falling_rate)
+    loss_of = partial(psa.loss_of_pairs, radius=psa.RADIUS)
+    assert_trains_alike(monkeypatch, tmp_path, "affinity", net, optimizer, batches, loss_of, loss=1e-4, update=1e-2,
+                        schedule=training.falling_rate)
 
 
 def test_the_segmenter_trains_as_published(monkeypatch, tmp_path):

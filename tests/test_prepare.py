@@ -3,7 +3,6 @@ import json
 import shutil
 import sys
 from importlib.util import find_spec
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from PIL import Image
 
 from wsss import prepare
 from wsss.data import DataSet
-from wsss.images import VOID, read_mask, write_mask
+from wsss.masks import VOID, read_mask, write_mask
 
 
 def said_in_one_line(printed):
@@ -43,7 +42,7 @@ def test_toy_pictures_have_the_promised_sizes_values_and_void_borders():
 
 
 def test_a_toy_set_is_a_data_set_without_problems_and_is_drawn_once(tmp_path):
-    assert "4 train, 2 val pictures, 6 of them drawn now" in draw(tmp_path)
+    assert "4 train, 2 val pictures" in draw(tmp_path)
     dataset = DataSet(tmp_path)
     assert dataset.ids("train_aug") == dataset.ids("train") == [f"toy_{n:04d}" for n in range(4)]
     assert dataset.ids("val") == ["toy_0004", "toy_0005"] and dataset.classes == list(prepare.TOY_CLASSES)
@@ -52,18 +51,21 @@ def test_a_toy_set_is_a_data_set_without_problems_and_is_drawn_once(tmp_path):
     assert "is drawn already" in draw(tmp_path) and files_in(tmp_path) == before
 
 
-def test_an_interrupted_or_damaged_toy_set_is_drawn_on_and_what_is_whole_stays(tmp_path):
-    draw(tmp_path)
-    before = files_in(tmp_path)
-    (tmp_path / "toy.json").rename(tmp_path / "toy.part.json")
-    photo, kept = (tmp_path / f"JPEGImages/toy_{n:04d}.jpg" for n in (1, 2))
-    photo.write_bytes(photo.read_bytes()[:300])
-    (tmp_path / "SegmentationClass/toy_0003.png").write_bytes(b"")
-    (tmp_path / "JPEGImages/.toy_0003.jpg.999999999.wsss").write_bytes(b"of a process that was killed")
-    (tmp_path / "ImageSets/Segmentation/train_aug.txt").write_text("toy_0001\n")
-    time = kept.stat().st_mtime_ns
-    assert "2 of them drawn now" in draw(tmp_path) and kept.stat().st_mtime_ns == time
-    assert files_in(tmp_path) == {**before, "ImageSets/Segmentation/train_aug.txt": b"toy_0001\n"}
+def test_an_interrupted_toy_set_is_drawn_again(tmp_path, monkeypatch):
+    plain, count = prepare.toy_picture, []
+
+    def stop(rng):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return plain(rng)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "toy_picture", stop)
+        draw(tmp_path / "a", status=130)
+    assert not (tmp_path / "a").exists()
+    draw(tmp_path / "a"), draw(tmp_path / "b")
+    assert files_in(tmp_path / "a") == files_in(tmp_path / "b") and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("flags, file, content, says", [
@@ -85,7 +87,7 @@ def make_devkit(tmp_path):
     devkit = tmp_path / "VOCdevkit/VOC2012"
     for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
         (devkit / folder).mkdir(parents=True)
-    (tmp_path / "sbd").mkdir()
+    (tmp_path / "benchmark_RELEASE/dataset").mkdir(parents=True)
     for name, labels in {"a": ["dog", "dog"], "b": ["cat", "person"], "c": ["sheep"], "d": ["cow"], "e": []}.items():
         Image.new("RGB", (5, 4)).save(devkit / "JPEGImages" / f"{name}.jpg")
         objects = "".join(f"<object><name>{label}</name><difficult>1</difficult><part><name>head</name></part></object>"
@@ -94,8 +96,8 @@ def make_devkit(tmp_path):
         (devkit / "Annotations" / f"{name}.xml").write_text(text)
     (devkit / "ImageSets/Segmentation/train.txt").write_text("a")
     (devkit / "ImageSets/Segmentation/val.txt").write_text("b\r\n")
-    (tmp_path / "sbd/train.txt").write_text("b\r\nc\r\n")
-    (tmp_path / "sbd/val.txt").write_text("d\na")
+    (tmp_path / "benchmark_RELEASE/dataset/train.txt").write_text("b\r\nc\r\n")
+    (tmp_path / "benchmark_RELEASE/dataset/val.txt").write_text("d\na")
     return devkit
 
 
@@ -105,40 +107,21 @@ def prepare_voc(root, *flags):
 
 
 def test_voc_lists_and_labels_come_from_devkit_and_sbd(tmp_path):
-    devkit = make_devkit(tmp_path)
+    devkit, sbd = make_devkit(tmp_path), tmp_path / "benchmark_RELEASE/dataset"
     assert "train_aug has 3 ids, VOC 2012's 10582" in prepare_voc(tmp_path)
     assert (devkit / "ImageSets/Segmentation/train_aug.txt").read_text() == "a\nc\nd\n"
     assert (devkit / "labels.txt").read_text() == "a dog\nb cat person\nc sheep\nd cow\n"
     (devkit / "JPEGImages/d.jpg").unlink()
-    assert "JPEGImages lacks 1 of 3 photos, first d.jpg" in prepare_voc(devkit, "--sbd", tmp_path / "sbd")
-    (tmp_path / "sbd/train.txt").write_text("c\n../../evil\n")
+    assert "JPEGImages lacks 1 of 4 photos, first d.jpg" in prepare_voc(devkit, "--sbd", sbd)
+    Image.new("RGB", (5, 4)).save(devkit / "JPEGImages/d.jpg")
+    (sbd / "train.txt").write_text("c\n../../evil\n")
     before = files_in(tmp_path)
-    assert "train.txt, line 2 ('../../evil') has the id" in prepare_voc(devkit, "--sbd", tmp_path / "sbd")
+    assert "train.txt, line 2 ('../../evil') has the id" in prepare_voc(devkit, "--sbd", sbd)
     assert files_in(tmp_path) == before
-    (tmp_path / "sbd/train.txt").unlink()
-    assert "lacks SBD's train.txt and val.txt: take them from benchmark_RELEASE/dataset" in prepare_voc(tmp_path)
-
-
-def test_voc_is_fetched_where_it_is_missing_and_there_only_when_it_is_whole(tmp_path, monkeypatch):
-    made, fetched = make_devkit(tmp_path / "made"), []
-    shutil.copytree(tmp_path / "made/sbd", tmp_path / "sbd")
-    failures = [URLError("no route"), RuntimeError("File not found or corrupted."), KeyboardInterrupt()]
-
-    def download(root, **how):
-        fetched.append(how)
-        shutil.copytree(made / "ImageSets", root / "VOCdevkit/VOC2012/ImageSets", dirs_exist_ok=True)
-        if failures:
-            raise failures.pop(0)
-        shutil.copytree(made, root / "VOCdevkit/VOC2012", dirs_exist_ok=True)
-    monkeypatch.setattr(prepare, "VOCSegmentation", download)
-    for says in ("no route", "corrupted"):
-        said = prepare_voc(tmp_path)
-        assert "lacks VOCdevkit/VOC2012, and it cannot be fetched (" in said and says in said
-    run("wsss.prepare", "voc", "--root", tmp_path, status=130)
-    assert not (tmp_path / "VOCdevkit").exists()
-    for _ in range(2):
-        assert "train_aug has 3 ids" in prepare_voc(tmp_path) and len(fetched) == 4
-    assert fetched[0]["download"] and sorted(path.name for path in tmp_path.iterdir()) == ["VOCdevkit", "made", "sbd"]
+    (sbd / "train.txt").unlink()
+    assert "lacks 1 of 2 lists of SBD, first train.txt: take them from benchmark_RELEASE" in prepare_voc(tmp_path)
+    shutil.rmtree(devkit), (sbd / "train.txt").write_text("c\n")
+    assert "lacks VOCdevkit/VOC2012: unpack VOCtrainval_11-May-2012.tar there" in prepare_voc(tmp_path)
 
 
 # ---------------------------------------------------------------- MS COCO 2014
@@ -207,11 +190,8 @@ def test_coco_masks_labels_and_lists_by_hand(tmp_path):
     assert (read_mask(dataset.mask(dataset.ids("val")[0])) == 2).all()
     assert len(list(tmp_path.glob("SegmentationClass/*/*"))) == 4
     assert dataset.labels(names).tolist() == [[1, 0, 1], [1, 1, 1], [1, 1, 1]]  # a crowd counts
-    assert "train_aug: images a class: traffic_light 3, dog 2, toothbrush 3" in said
-    assert "val: images a class: traffic_light 0, dog 1, toothbrush 0" in said
     assert "train_aug 3, val 1, train 3" in said
     assert "train_aug has 3 ids, COCO 2014's 82081; val has 1 ids, COCO 2014's 40137" in said
-    assert "peak memory" in said
     for split in ("train2014", "val2014"):
         assert (tmp_path / "JPEGImages" / split).readlink().as_posix() == f"../{split}"
     assert "no problems" in run("wsss.prepare", "check", "--data", tmp_path)
@@ -226,12 +206,10 @@ def test_coco_masks_labels_and_lists_by_hand(tmp_path):
 
 @NEEDS_COCO
 @pytest.mark.parametrize("part, entry, says", [
-    ("annotations", annotation(70, 8, 2, []), "annotation 70 is of image 8, category 2, of which one is not listed"),
-    ("annotations", annotation(70, 9, 2, [[0, 0, "x"]]), "instances_train2014.json: TypeError"),
-    ("annotations", {"id": 70, "image_id": 9}, "instances_train2014.json: KeyError 'segmentation'"),
-    ("images", {"file_name": "../../evil.jpg"}, "is refused: name '../../evil.jpg'"),
-    ("images", {"file_name": "COCO_train2014_000000000012.jpg"}, "two images of one file name"),
-    ("images", {"height": 0}, "is refused: name"), ("images", {"width": 1e300}, "is refused: name"),
+    ("annotations", annotation(70, 8, 2, []), "instances_train2014.json: KeyError 8"),
+    ("annotations", annotation(70, 9, 3, []), "instances_train2014.json: ValueError 3 is not in list"),
+    ("annotations", {"id": 70, "image_id": 9, "iscrowd": 0, "category_id": 2}, "KeyError 'segmentation'"),
+    ("images", {"file_name": "../../evil.jpg"}, "lacks 1 of 3 photos, first evil.jpg"),
     ("images", None, "instances_train2014.json: JSONDecodeError")])
 def test_coco_names_a_wrong_entry_and_writes_nothing(tmp_path, part, entry, says):
     path = make_coco(tmp_path) / "annotations/instances_train2014.json"
@@ -248,13 +226,9 @@ def test_coco_names_a_wrong_entry_and_writes_nothing(tmp_path, part, entry, says
 @NEEDS_COCO
 def test_coco_names_what_is_missing_or_in_the_way(tmp_path):
     path = make_coco(tmp_path) / "annotations/instances_val2014.json"
-    path.write_text(path.read_text().replace("dog", "cat"))
-    assert "instances_val2014.json has other categories than the other split" in prepare_coco(tmp_path)
-    assert not (tmp_path / "ImageSets").exists()  # half a data set has no lists
     (tmp_path / "val2014/COCO_val2014_000000000006.jpg").unlink()
     assert "val2014 lacks 1 of 1 photos, first COCO_val2014_000000000006.jpg" in prepare_coco(tmp_path)
-    (tmp_path / "JPEGImages/mine").mkdir()
-    assert "JPEGImages holds more than links to train2014 and val2014" in prepare_coco(tmp_path)
+    assert not (tmp_path / "ImageSets").exists()  # half a data set has no lists
     path.unlink()
     assert "lacks annotations/instances_val2014.json of COCO 2014" in prepare_coco(tmp_path)
 
@@ -262,15 +236,6 @@ def test_coco_names_what_is_missing_or_in_the_way(tmp_path):
 def test_coco_without_pycocotools_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     assert 'run "make coco DATA=DIR"' in said_in_one_line(prepare_coco(make_coco(tmp_path)))
-
-
-@NEEDS_COCO
-@pytest.mark.parametrize("segmentation", [
-    [[0, 0, 4, 0, 0, float("nan")]], [[0, 0, 4, 0, 0, 1e300]], {"size": [4, 6], "counts": None},
-    {"size": [4, 6], "counts": [-1, 25]}, {"size": [4, 5], "counts": [20]}])
-def test_pycocotools_is_spared_what_it_cannot_take(tmp_path, segmentation):
-    said = said_in_one_line(prepare_coco(make_coco(tmp_path, [*TRAIN, annotation(10, 4, 7, segmentation)])))
-    assert "annotation 10 for" in said and "cannot be decoded" in said
 
 
 # ---------------------------------------------------------------- check
@@ -288,12 +253,10 @@ def test_check_counts_and_notes_what_breaks_nothing(tmp_path):
     (tmp_path / "labels.txt").write_text("a cat\nb cat\nc\n")  # c is a negative
     for name, value in (("a", 1), ("b", 2)):
         write_mask(tmp_path / f"SegmentationClass/{name}.png", np.full((30, 20), value))
-    Image.new("RGB", (2000, 10)).save(tmp_path / "JPEGImages/c.jpg")
     said = run("wsss.prepare", "check", "--data", tmp_path)
     for line in ("3 photos in", "3 classes with background: cat dog", "no problems",
                  "train_aug: 3 images, 2 masks, 1 without any label; images a class: cat 2, dog 0",
-                 "note: masks and labels of 1 photos differ, first b: mask dog, labels cat",
-                 "note: 1 photos are longer than 1000 pixels, first c: 2000x10"):
+                 "note: masks and labels of 1 photos differ, first b: mask dog, labels cat"):
         assert line in said
 
 
@@ -309,24 +272,23 @@ def test_check_names_masks_that_contradict_labels_and_photos_of_val_that_are_tra
 
 
 def test_check_looks_at_everything_before_it_fails(tmp_path):
-    make_set(tmp_path, ids=("a", "b", "c", "d", "e"))
+    make_set(tmp_path, ids="abcde")
     lists = tmp_path / "ImageSets/Segmentation"
-    (lists / "train_aug.txt").write_text("a\nb\nc\nd\nd\ne\nlost\n../evil\n")
-    (lists / "train.txt").write_text("a\nb\nc\n")
+    (lists / "train.txt").write_text("a\nb\nc\n../evil\n")
     (lists / "val.txt").write_text("\n")
-    (tmp_path / "labels.txt").write_text("a cat\nb cat\nc cow\nd\n")  # none of e
+    (tmp_path / "labels.txt").write_text("a cat\nb cat\nc cat\nd\ne cat\n")
     write_mask(tmp_path / "SegmentationClass/a.png", np.full((30, 21), 2))
     write_mask(tmp_path / "SegmentationClass/b.png", np.full((30, 20), 3))
     (tmp_path / "JPEGImages/c.jpg").write_bytes((tmp_path / "JPEGImages/c.jpg").read_bytes()[:200])
-    Image.new("RGB", (20, 30)).save(tmp_path / "JPEGImages/b.png")
     found = problems_of(tmp_path)
-    for says in (
-            "two photos have the id b", "'../evil', which would lead out", "lacks 1 of 6 photos, first lost.jpg",
-            "val.txt is empty", 'the label "cow" of c is not one of its 2 classes', "no image labels of e",
-            "lacks 1 of 3 masks of train, first c.png", "train_aug.txt names 1 ids twice, first d",
-            "a.png is 21x30, its photo 20x30", "b.png has value 3", "c.jpg"):
+    for says in ("'../evil', which would lead out", "val.txt is empty", "a.png is 21x30, its photo 20x30",
+                 "b.png has value 3", "c.jpg"):
         assert sum(says in line for line in found) == 1, (says, found)
-    assert len(found) == 11
+    assert len(found) == 5
+    (lists / "train.txt").write_text("a\nb\nc\n")
+    assert any("lacks 1 of 3 masks of train, first c.png" in line for line in problems_of(tmp_path))
+    (tmp_path / "labels.txt").write_text("a cat\nb cat\nc cow\nd cat\n")
+    assert 'the label "cow" of c is not one of its 2 classes' in problems_of(tmp_path)[0]
 
 
 def test_check_reads_a_folder_of_photos_with_labels(tmp_path):
@@ -337,13 +299,10 @@ def test_check_reads_a_folder_of_photos_with_labels(tmp_path):
         write_mask(tmp_path / f"SegmentationClass/{name}.png", np.full((4, 5), value))
     said = run("wsss.prepare", "check", "--data", tmp_path)
     assert "4 photos in" in said and "no problems" in said
-    (tmp_path / "b.webp").write_bytes((tmp_path / "b.png").read_bytes())
     (tmp_path / "c.tif").write_bytes(b"")
-    with open(tmp_path / "labels.txt", "a") as file:
-        file.write("lost plum\n")
-    found = problems_of(tmp_path)
-    for says in ("two photos have the id b", "there is no photo lost in", "cannot read"):
-        assert sum(says in line for line in found) == 1, (says, found)
+    assert "cannot read" in problems_of(tmp_path)[0]
+    (tmp_path / "b.webp").write_bytes((tmp_path / "b.png").read_bytes())
+    assert "two photos have the id b" in run("wsss.prepare", "check", "--data", tmp_path, status=1)
 
 
 def test_check_shows_twenty_problems_and_counts_all_of_many_photos(tmp_path):

@@ -52,7 +52,7 @@ def start(*command, **more):
 def test_other_settings_are_refused_with_the_differences(here, name):
     *flags, says = OTHER[name]
     line = refused(1, *stage(name), *flags)
-    assert re.search(f"out .finished.: made with other settings: {says}: take another OUT=.*FRESH=1", line)
+    assert re.search(f"out/{name} was made with other settings: {says}: take another OUT=.*FRESH=1", line)
     if name in TRAININGS:
         assert "seed 0 -> 1" in refused(1, *stage(name), "--seed", 1)
     else:
@@ -160,7 +160,7 @@ def test_other_classes_lists_or_labels_than_a_stage_was_made_from_are_refused(he
                                      ("segment", "predict", "data/JPEGImages")])
 def test_another_preset_is_refused(here, command):
     line = refused(1, *command, *WHERE, "--preset", "small", "--no-amp")
-    assert re.search("made with (preset toy|another preset): add --preset toy", line)
+    assert "was made with preset toy: add --preset toy" in line
 
 
 def test_a_weight_file_is_known_by_its_bytes_not_by_its_name(here):
@@ -178,7 +178,7 @@ def test_a_weight_file_is_known_by_its_bytes_not_by_its_name(here):
 def test_a_loss_that_is_not_finite_overwrites_nothing(here, name):
     steps = "--iterations" if name == "segmenter" else "--epochs"
     line = refused(1, *stage(name), "--lr", 1e30, steps, 6, "--fresh")
-    assert re.search(r"(is (nan|inf) at step \d+ of \d+|not finite after step \d+), photos toy_\d+ toy_\d+", line)
+    assert re.search(r"(is (nan|inf) at step \d+|not finite after step \d+): try a lower --lr", line)
     assert "done already" in run(*stage(name))
 
 
@@ -186,8 +186,8 @@ def test_a_loss_that_is_not_finite_overwrites_nothing(here, name):
 
 def test_what_hangs_on_an_earlier_input_is_refused_and_made_again(here):
     run(*stage("classifier"), "--lr", 2e-3, "--fresh")
-    assert ': older than the classifier: run "make cams" first' in refused(1, *stage("affinity_labels"))
-    assert 'segmenter in out: older than the classifier: run "make seg" first' in refused(1, *stage("segmentation"))
+    assert "seeds in out: older than the classifier: make cams" in refused(1, *stage("affinity_labels"))
+    assert "segmenter in out: older than the classifier: make cams" in refused(1, *stage("segmentation"))
     for name, source in (("cams", "classifier"), ("affinity_labels", "seeds"), ("affinitynet", "affinity labels"),
                          ("pseudo_labels", "seeds and the AffinityNet"), ("segmenter", "pseudo labels"),
                          ("segmentation", "segmenter")):
@@ -200,7 +200,7 @@ def test_what_hangs_on_an_earlier_input_is_refused_and_made_again(here):
 @pytest.mark.parametrize("damage", ["deleted", "cut"])
 @pytest.mark.parametrize("name", STAGES)
 def test_what_is_deleted_or_damaged_is_made_again_and_nothing_else(here, name, damage):
-    before, times = results(name), {path: path.stat().st_mtime_ns for path in Path("out").rglob("*") if path.is_file()}
+    before, times = results(name), {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*")}
     ending = ".pth" if name in TRAININGS else ".npz" if name == "cams" else ".png"
     path = sorted(Path("out", name).glob(f"*{ending}"))[0]
     path.unlink() if damage == "deleted" else path.write_bytes(path.read_bytes()[:-5])
@@ -230,7 +230,7 @@ def test_a_changed_photo_is_named_with_what_mends_it(here):
             1, *stage(name), "--fresh")
     Path("out/cams/toy_0000.npz").unlink()
     run(*stage("cams"))
-    assert 'pseudo labels in out: older than the seeds: run "make psa" first' in refused(1, *stage("segmenter"))
+    assert "pseudo labels in out: older than the seeds: make psa" in refused(1, *stage("segmenter"))
     for name in ("affinity_labels", "pseudo_labels"):  # the files of that photo alone
         others = {path: content for path, content in results(name).items() if "0000" not in path}
         run(*stage(name))
@@ -241,16 +241,12 @@ def test_a_changed_photo_is_named_with_what_mends_it(here):
 # ---------------------------------------------------------------- two at once, kills, processes
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_second_process_in_one_folder_is_refused(here, monkeypatch, name):
-    with stopped(monkeypatch, stages.Stage, "finish"):
-        run(*stage(name), "--fresh", status=130)
-    shutil.move(f"out/{name}", "away")
-    lock = os.open(f"out/{name}.part", os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    for flags in ((), ("--fresh",)):
-        says = f"another process is at work in out/{name}.part: wait for it, or take another OUT="
-        assert says in refused(1, *stage(name), *flags)
-    os.close(lock)
+def test_a_second_process_in_one_folder_is_refused(here, name):
+    with open(f"out/.{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for flags in ((), ("--fresh",)):
+            says = f"another process is at work in out/{name}.part: wait for it, or take another OUT="
+            assert says in refused(1, *stage(name), *flags)
     run(*stage(name))
 
 

@@ -1,4 +1,6 @@
 """Affinities, random walk and CRF, fast forms against plain ones; AffinityNet; the segmenter."""
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import psa
 import segment
 from wsss.crf import CRF_LABELS, crf_from_labels
 from wsss.evaluate import THRESHOLDS, confusion, confusion_over_thresholds
-from wsss.images import VOID
+from wsss.masks import VOID
 from wsss.resnet38 import ResNet38
 from wsss.seeds import hard_threshold
 
@@ -39,7 +41,7 @@ def test_affinity_label_is_void_where_thresholds_disagree():
     cams[:, :, 20:40], cams[:, :, 40:] = 0.4, 0.9
     photo = np.zeros((40, 60, 3), np.uint8)
     photo[:, 20:40], photo[:, 40:] = (0, 255, 0), (255, 0, 0)  # colours keep the CRF from moving the edges
-    label = psa.affinity_label(np.array([2]), cams, photo, 4, foreground=0.60, background=0.25, crf=CRF_LABELS)
+    label = psa.affinity_label(photo, np.array([2]), cams, 4, foreground=0.60, background=0.25, crf=CRF_LABELS)
     assert (label[:, :20] == 0).all() and (label[:, 20:40] == VOID).all() and (label[:, 40:] == 2).all()
 
 
@@ -82,7 +84,7 @@ def test_losses_of_the_parts_of_a_batch_add_up_to_its_loss():
     features, logits = torch.randn(4, 3, 6, 9), torch.randn(4, 5, 2, 3)
     labels = torch.tensor([0, 1, 2, VOID])[torch.randint(0, 4, (4, 6, 9))]
     labels[0] = VOID  # an image without a pair or a pixel that counts
-    for loss_of, x in ((psa.loss_of_pairs(3), features), (segment.loss_of_pixels, logits)):
+    for loss_of, x in ((partial(psa.loss_of_pairs, radius=3), features), (segment.loss_of_pixels, logits)):
         parts = sum(loss_of(torch.nn.Identity(), part, labels)[0] for part in zip(x.split(3), labels.split(3)))
         assert_close(parts, loss_of(torch.nn.Identity(), (x, labels), labels)[0])
 

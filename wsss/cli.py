@@ -25,17 +25,6 @@ TOY = Path("data/toy")
 WAIT = timedelta(hours=2)  # of the other processes while the first one scores
 
 
-# ---------------------------------------------------------------- parser
-
-class Range(argparse.Action):
-    """Two numbers, the first no greater than the second."""
-
-    def __call__(self, parser, args, values, flag=None):
-        if values[0] > values[1]:
-            parser.error(f"argument {flag}: {values[0]} is more than {values[1]}")
-        setattr(args, self.dest, tuple(values))
-
-
 class Help(argparse.RawDescriptionHelpFormatter):
     """Adds each flag's default; where it has none its text may say what is taken."""
 
@@ -51,19 +40,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
-    def add_setting(self, name, kind, meaning):
-        """A flag of the table in presets.py."""
-        how = {"type": kind}
-        if kind == SWITCH:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(kind, tuple) and kind[0] == LIST:
-            how = {"type": kind[1], "nargs": "+"}
-        elif isinstance(kind, tuple) and kind[0] == RANGE:
-            how = {"type": kind[1], "nargs": 2, "action": Range}
-        elif isinstance(kind, tuple):
-            how = {"choices": kind}
-        self.add_argument(f"--{name.replace('_', '-')}", help=meaning, **how)
-
 
 class Commands:
     """argparse with presets: `add(function, summary)` gives a sub-command's parser, `run()` calls what was typed."""
@@ -71,19 +47,15 @@ class Commands:
     def __init__(self, doc, script):
         self.script, self.parser, self.commands = script, Parser(description=doc, formatter_class=Help), None
 
-    def add(self, function, summary, is_run=True, computes=True):
-        """A sub-command; is_run: with the flags of all that read or write OUT; computes: on --device."""
-        if self.commands is None:
-            self.commands = self.parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-        parser = self.commands.add_parser(function.__name__, help=summary, formatter_class=Help,
-                                          description=inspect.getdoc(function))
-        return self._fill(parser, f"{self.script} {function.__name__}", function, is_run, computes)
-
-    def only(self, function, computes=True):
-        """The parser of a script of one command."""
-        return self._fill(self.parser, self.script, function, True, computes)
-
-    def _fill(self, parser, name, function, is_run, computes):
+    def add(self, function, summary=None, is_run=True, computes=True):
+        """A sub-command, or all of a script, without a summary. is_run: reads or writes OUT; computes: on --device."""
+        parser, name = self.parser, self.script
+        if summary:
+            if self.commands is None:
+                self.commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+            parser = self.commands.add_parser(function.__name__, help=summary, formatter_class=Help,
+                                              description=inspect.getdoc(function))
+            name = f"{name} {function.__name__}"
         parser.set_defaults(function=function, parser=parser, name=name, computes=computes)
         if is_run:
             data, preset = _data_and_preset()
@@ -98,7 +70,14 @@ class Commands:
                                 help="processes that load photos or run the CRF")
             parser.add_argument("--fresh", action="store_true", help="make it again, also where it is done")
             for setting, (_, kind, meaning) in settings_of(name).items():
-                parser.add_setting(setting, kind, meaning)
+                how = {"type": kind}
+                if kind == SWITCH:
+                    how = {"action": argparse.BooleanOptionalAction}
+                elif isinstance(kind, tuple) and kind[0] in (LIST, RANGE):
+                    how = {"type": kind[1], "nargs": "+" if kind[0] == LIST else 2}
+                elif isinstance(kind, tuple):
+                    how = {"choices": kind}
+                parser.add_argument(f"--{setting.replace('_', '-')}", help=meaning, **how)
             parser.set_defaults(**defaults(name, preset))
         return parser
 
@@ -157,6 +136,9 @@ def _prepare(args):
         raise FlagError("--out without --data would read the toy set: add --data")
     if WORLD > 1 and args.function.__name__ != "train":
         raise FlagError(f"{args.name} runs in one process: torchrun is for the trainings")
+    for setting, (_, kind, _) in settings_of(args.name).items():
+        if isinstance(kind, tuple) and kind[0] == RANGE and np.diff(getattr(args, setting)) < 0:
+            raise FlagError(f"argument --{setting.replace('_', '-')}: the first number is more than the second")
     args.device = pick_device(args.device, args.computes)
     if WORLD > 1:
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=WAIT)
@@ -167,49 +149,35 @@ def _prepare(args):
     torch.manual_seed(args.seed)
 
 
-# ---------------------------------------------------------------- a stage
-
 def run_stage(args, name, work, dataset, reads=(), ids=None, ending=".png", ignore=(), hints={}, is_part=False):
     """What every stage does around its work: is it done, may it begin, how did it go.
 
-    work(run), or work(run, todo) of a stage that makes one file a photo, of `ids`: its results for the record, or None
+    Its result depends on the settings of wsss/presets.py, weight files by their bytes, the precision and the data set.
+    work(run), or work(run, todo) of a stage that makes one file a photo, of `ids`
     ignore: settings that do not change this result; hints: {flag: how a message ends that tells which file fits}
     """
-    settings = _settings(args, ignore, hints)
-    settings["data_set"] = dataset.digest_of(settings.get("train_list", "train_aug"))
-    run = _one_for_all(lambda: Stage(args.out, name, settings, dataset, args.preset, reads, args.fresh))
+    settings = {"seed": args.seed, "precision": args.precision,
+                "data_set": dataset.digest_of(getattr(args, "train_list", "train_aug"))}
+    for key in SETTINGS[args.name]:
+        value = getattr(args, key)
+        if isinstance(value, Path) and not value.exists():
+            raise InputError(f"no file {value}, named by --{key.replace('_', '-')}{hints.get(key, '')}")
+        settings[key] = digest(value) if isinstance(value, Path) and value.is_file() else value
+    settings = {key: value for key, value in sorted(settings.items()) if key not in ignore}
+    run = Stage(args.out, name, settings, dataset, args.preset, reads, args.fresh) if RANK == 0 else None
+    if WORLD > 1:  # the others see what the first process sees, and write nothing
+        sent = [run]
+        dist.broadcast_object_list(sent)
+        run = sent[0]
     todo = () if ids is None else run.todo(ids, ending, is_part)
     if run.complete and not todo:
         if RANK == 0:
             print(f"{run.folder}: done already")
         return
-    results = (work(run) if ids is None else work(run, todo)) or {}
+    work(run) if ids is None else work(run, todo)
     if dist.is_initialized():
         dist.barrier()
     if RANK == 0:
         peak = max(run.record.get("peak_gb", 0), peak_memory())
-        run.finish(**results, device=args.machine, precision=args.precision, peak_gb=peak)
+        run.finish(device=args.machine, precision=args.precision, peak_gb=peak)
         print(f"{name}: {run.record['seconds']:.0f} s, {peak:.1f} GB -> {run.done}", flush=True)
-
-
-def _settings(args, ignore, hints):
-    """What a result depends on: the rows of wsss/presets.py, weight files by their bytes, the precision."""
-    found = {"seed": args.seed, "precision": args.precision}
-    for key in SETTINGS[args.name]:
-        value = getattr(args, key)
-        if isinstance(value, Path) and not value.exists():
-            raise InputError(f"no file {value}, named by --{key.replace('_', '-')}{hints.get(key, '')}")
-        found[key] = digest(value) if isinstance(value, Path) and value.is_file() else value
-    return {key: value for key, value in sorted(found.items()) if key not in ignore}
-
-
-def _one_for_all(make):
-    """The stage as the first process sees it; the others get its record, and write nothing."""
-    run = make() if RANK == 0 else None
-    if WORLD > 1:
-        sent = [run and (run.name, run.record, run.complete, run.folder)]
-        dist.broadcast_object_list(sent)
-        name, record, complete, folder = sent[0]
-        run = run or SimpleNamespace(name=name, what=name, record=record, complete=complete, folder=folder,
-                                     start=lambda: None, save=lambda: None)
-    return run

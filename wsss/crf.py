@@ -31,27 +31,18 @@ def crf_from_labels(photo, labels, num_classes, gauss, bilateral, steps, sure):
 
     photo: uint8 (H, W, 3), labels: uint8 (H, W) in 0..S-1  ->  uint8 (H, W)
 
-    The m labels that are absent share one unary and one message. One label stands for all m, exactly: its unary is
-    lowered by log m, its compatibility divided by m. About 2 times faster at 21 labels, 6 times at 81.
+    The m labels that are absent share one unary and one message. One label stands for all m, exactly: its probability
+    is times m, its compatibility divided by m. About 2 times faster at 21 labels, 6 times at 81.
     """
-    from pydensecrf.densecrf import DenseCRF2D
-
-    H, W = labels.shape
     present = np.unique(labels)
     absent = np.setdiff1d(np.arange(num_classes), present)
-    L = len(present) + (len(absent) > 0)
-    unary = np.full((L, H, W), -np.log((1 - sure) / (num_classes - 1)), np.float32)
-    unary[:len(present)][labels == present[:, None, None]] = -np.log(sure)
-    weights = -np.ones(L, np.float32)  # an array's sign is the caller's to give
+    probabilities = np.full((len(present) + (len(absent) > 0), *labels.shape), (1 - sure) / (num_classes - 1))
+    probabilities[:len(present)][labels == present[:, None, None]] = sure
+    weights = -np.ones(len(probabilities), np.float32)  # of compatibilities: an array's sign is the caller's to give
     if len(absent):
-        unary[-1] -= np.log(len(absent))
+        probabilities[-1] *= len(absent)
         weights[-1] /= len(absent)
-    crf = DenseCRF2D(W, H, L)
-    crf.setUnaryEnergy(unary.reshape(L, -1))
-    crf.addPairwiseGaussian(sxy=gauss[0], compat=gauss[1] * weights)
-    crf.addPairwiseBilateral(sxy=bilateral[0], srgb=bilateral[1], rgbim=np.array(photo, order="C"),
-                             compat=bilateral[2] * weights)
-    q = np.array(crf.inference(steps), np.float32).reshape(L, H, W)
+    q = dense_crf(photo, probabilities, (gauss[0], gauss[1] * weights), (*bilateral[:2], bilateral[2] * weights), steps)
     if len(absent):
         q[-1] /= len(absent)  # of one of them: the first stands for all in the argmax
     return np.append(present, absent[:1]).astype(np.uint8)[q.argmax(0)]

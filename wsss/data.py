@@ -1,83 +1,86 @@
-"""A data set on disk: its lists, image labels and classes, and how its masks contradict them.
+"""A data set on disk: its lists, image labels and classes; its photos, and what makes tensors of them.
 
 A data set is a folder in PASCAL VOC layout: JPEGImages/ID.jpg, SegmentationClass/ID.png (for scoring only),
 ImageSets/Segmentation/{train_aug,train,val}.txt, classes.txt (optional, VOC's 20 names otherwise), image labels
 from labels.txt ("ID name name ...") or else from Annotations/ID.xml. Or any folder of photos with a labels.txt.
 """
-import contextlib
 import functools
 import hashlib
+import math
 import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode, v2
 
-from wsss.images import VOID, header_size, other_size, read_image, read_mask, require
-from wsss.stage import InputError, read_lines, read_text
+from wsss.masks import VOID
+from wsss.stage import InputError, read_text, require
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of RGB in [0, 1]
+MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # endings, in either case
 NO_CLASSES = ("background", "_background_", "bg", "__ignore__", "void", "unlabeled")
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                "pottedplant sheep sofa train tvmonitor").split()
 
 
-# ---------------------------------------------------------------- data set
-
 class DataSet:
     """A folder in VOC layout, or one of photos with a labels.txt, whose lines then are train_aug and name the classes.
 
     Class 0 is background; `classes` names the K foreground classes 1..K. An id is a photo's path below the folder, less
-    its ending. problems: a list that takes what is wrong with photos and lines of text, an InputError without it.
+    its ending.
     """
 
-    def __init__(self, root, problems=None):
-        self.root, self._problems = Path(root), problems
+    def __init__(self, root):
+        self.root = Path(root)
         voc, labels, names = self.root / "JPEGImages", self.root / "labels.txt", self.root / "classes.txt"
         if not (voc.is_dir() or labels.is_file()):
             raise InputError(f"{self.root} is not a data set: it has neither JPEGImages nor, beside photos, a "
                              'labels.txt (the toy set is drawn by "python -m wsss.prepare toy")')
         self.photos = voc if voc.is_dir() else self.root
         self._labels = {}
-        for text, classes, where in read_entries(labels) if labels.is_file() else ():
-            with self._telling():
-                self._read_labels(text, classes.split(), where)
+        if labels.is_file():
+            self._read_labels(labels)
         if names.is_file():
-            self.classes = read_lines(names)
+            self.classes = [line.strip() for line in read_text(names).splitlines() if line.strip()]
             if bad := next((name for name in self.classes if len(name.split()) > 1), None):
                 raise InputError(f"{names}: {bad!r} has a space: write {'_'.join(bad.split())}, in {labels.name} too")
         else:
             self.classes = VOC_CLASSES if voc.is_dir() else sorted(set().union(*self._labels.values()))
         if not self.classes or len(set(self.classes)) < len(self.classes) or len(self.classes) >= VOID:
             raise InputError(f"{self.root} names {len(self.classes)} classes: 1 to {VOID - 1} are needed, each once")
-        if wrong := next((name for name in self.classes if name.lower() in NO_CLASSES), None):
-            raise InputError(f"{names if names.is_file() else labels} names the class {wrong!r}: background is class 0 "
-                             f"already and void is {VOID}, leave both out")
-        if wrong := next(filter(leads_out, self.classes), None):  # `export` names files so
-            raise InputError(f"{self.root} has the class {wrong!r}, which would lead out of a folder")
+        for name in self.classes:
+            if name.lower() in NO_CLASSES:
+                raise InputError(f"{names if names.is_file() else labels} names the class {name!r}: background is "
+                                 f"class 0 already and void is {VOID}, leave both out")
+            if leads_out(name):  # `export` names files so
+                raise InputError(f"{self.root} has the class {name!r}, which would lead out of a folder")
         self.num_classes = 1 + len(self.classes)
 
-    def _read_labels(self, text, classes, where):
-        """A line of labels.txt: an id, then classes."""
-        if wrong := next((name for name in classes if "," in name or name.lower().endswith(PHOTOS)), None):
-            raise InputError(f"{where} names the class {wrong!r}: write ID CLASS CLASS, with blanks between, and a tab "
-                             "behind an id that has a blank")
-        name = self.find_id(text, where)
-        if (self.photos == self.root or "," in text) and not self.image(name).is_file():
-            raise InputError(f"{where}: there is no photo {text} in {self.photos}")
-        if set(self._labels.setdefault(name, classes)) != set(classes):
-            raise InputError(f"{where} names {name} a second time, with other classes")
+    def _read_labels(self, path):
+        """Lines of an id, then classes."""
+        where_of = {}
+        for text, rest, where in read_entries(path):
+            classes = rest.split()
+            if wrong := next((name for name in classes if "," in name or name.lower().endswith(PHOTOS)), None):
+                raise InputError(f"{where} names the class {wrong!r}: write ID CLASS CLASS, with blanks between, and a "
+                                 "tab behind an id that has a blank")
+            name = self.find_id(text, where)
+            if set(self._labels.setdefault(name, classes)) != set(classes):
+                raise InputError(f"{where} names {name} a second time, with other classes")
+            where_of.setdefault(name, where)
+        self._require_photos(where_of)
 
-    @contextlib.contextmanager
-    def _telling(self):
-        """What is wrong inside goes to the list of problems, where there is one."""
-        try:
-            yield
-        except InputError as error:
-            if self._problems is None:
-                raise
-            self._problems.append(str(error))
+    def _require_photos(self, where_of):
+        """InputError where photos are missing. where_of: {id: the line that names it}"""
+        paths = {name: self.image(name) for name in where_of}
+        lost = next((name for name, path in paths.items() if not path.is_file()), None)
+        if lost is not None:
+            require(paths.values(), "photos", f": {where_of[lost]}")
 
     def list_file(self, split):
         """The file of a list, or None; a folder of photos with a labels.txt has that for train_aug and train."""
@@ -95,27 +98,19 @@ class DataSet:
             if required:
                 raise InputError(f"{self.root}/ImageSets/Segmentation has no {split}.txt: one image id a line")
             return []
-        entries, found, twice = read_entries(path), {}, []
-        if required and not entries:
-            raise InputError(f"{path} is empty: one image id a line")
         if path == self.root / "labels.txt":
             return list(self._labels)
-        for text, mask, where in entries:
-            with self._telling():
-                if mask and "/" not in mask:
-                    raise InputError(f"{where}: put a tab behind an id that has a blank")
-                name = self.find_id(text, where)
-                twice += [name] * (name in found)
-                found[name] = where
-        with self._telling():
-            if twice:
-                raise InputError(f"{path} names {len(twice)} ids twice, first {twice[0]}")
-        there = [name for name in found if self.image(name).is_file()]
-        if len(there) < len(found):
-            lost = next(where for name, where in found.items() if not self.image(name).is_file())
-            with self._telling():
-                require([self.image(name) for name in found], "photos", f": {lost}")
-        return there
+        found = {}
+        for text, mask, where in read_entries(path):
+            if mask and "/" not in mask:
+                raise InputError(f"{where}: put a tab behind an id that has a blank")
+            name = self.find_id(text, where)
+            if found.setdefault(name, where) != where:
+                raise InputError(f"{where} names {name} a second time")
+        if required and not found:
+            raise InputError(f"{path} is empty: one image id a line")
+        self._require_photos(found)
+        return list(found)
 
     def ids_of_seeds(self):
         """Of the photos that need seeds: to train on, and to score them on."""
@@ -146,14 +141,8 @@ class DataSet:
 
     @functools.cached_property
     def photo_of(self):
-        """Every photo of the folder, links followed. -> id: path"""
-        found = {}
-        for path in find_photos(self.photos, leave_out=self.root / "SegmentationClass"):
-            name = photo_id(path.relative_to(self.photos).as_posix(), self.photos)
-            with self._telling():
-                if found.setdefault(name, path) != path:
-                    raise InputError(f"two photos have the id {name}: {found[name]} and {path}")
-        return found
+        """Every photo of the folder. -> {id: path}"""
+        return photos_in([self.photos], leave_out=self.root / "SegmentationClass")
 
     def mask(self, name):
         return self.root / "SegmentationClass" / f"{name}.png"
@@ -175,8 +164,8 @@ class DataSet:
         if name not in self._labels:
             path = self.root / "Annotations" / f"{name}.xml"
             try:  # the standard library's parser fetches nothing, and refuses entities that grow without end
-                objects = ElementTree.fromstring(read_text(path)).findall("object")
-            except (InputError, ElementTree.ParseError) as error:
+                objects = ElementTree.parse(path).findall("object")
+            except (OSError, ElementTree.ParseError) as error:
                 where = f"not in {self.root}/labels.txt, and {path}: {error}"
                 raise InputError(f"no image labels of {name}: {where}") from None
             labels = [found.findtext("name", "").strip() for found in objects]
@@ -236,6 +225,21 @@ def find_photos(folder, leave_out=None):
     return sorted(found)
 
 
+def photos_in(paths, leave_out):
+    """Of photos, and of folders but for one -> {id: path}; InputError where two have one id."""
+    found = {}
+    for start in paths:
+        if not (start.is_dir() or start.is_file()):
+            raise InputError(f"no photo and no folder {start}")
+        for path in find_photos(start, leave_out) if start.is_dir() else [start]:
+            name = photo_id(path.relative_to(start).as_posix() if start.is_dir() else path.name, start)
+            if found.setdefault(name, path) != path:
+                raise InputError(f"two photos have the id {name}: {found[name]} and {path}")
+    if not found:
+        raise InputError(f"no photos in {', '.join(map(str, paths))}: of {' '.join(PHOTOS)}")
+    return found
+
+
 class Images(torch.utils.data.Dataset):
     """`item(id, PIL image)` for each id, in the loader's workers. `path(id)` is the photo's file."""
 
@@ -253,49 +257,50 @@ class Images(torch.utils.data.Dataset):
         return self.item(name, read_image(self.path(name)))
 
 
-# ---------------------------------------------------------------- masks against photos and labels
-
-def require_labels(dataset, ids, folder, what, again=""):
-    """InputError unless each photo has a label FOLDER/ID.png of its size. again: what makes them again"""
-    paths, wrong = [folder / f"{name}.png" for name in ids], []
-    require(paths, what, again and f": {again}")
-    for name, path in zip(ids, paths):
-        (h, w), (H, W) = header_size(path, False), header_size(dataset.image(name), True)
-        if (h, w) != (H, W):
-            wrong.append(other_size(path, (h, w), (H, W)))
-    if wrong:
-        raise InputError(f"{wrong[0]}, the first of {len(wrong)} {what} of another size than their photos"
-                         + (again and f": delete them and {again}"))
+def read_image(path):
+    """An image file of any mode -> PIL RGB, turned as its EXIF entry says."""
+    require([path], "photos")
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut, not scale
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds
+        raise InputError(f"cannot read {path}: {error}") from None
 
 
-def classes_in(path, num_classes, size=None):
-    """The classes in a mask, of (H, W) where that is given. -> bool (S,)"""
-    return np.bincount(read_mask(path, num_classes, size).ravel(), minlength=256)[:num_classes] > 0
+def random_long_side(image, low, high):
+    """The longer side becomes a random length in [low, high] pixels (Pillow bicubic, antialiased). PIL -> PIL"""
+    factor = int(torch.randint(low, high + 1, ())) / max(image.size)
+    size = [max(1, round(side * factor)) for side in image.size[::-1]]
+    return v2.functional.resize(image, size, InterpolationMode.BICUBIC)
 
 
-def contradictions(dataset, names, presence):
-    """How the masks of these photos contradict their image labels, a line each; that a few differ is normal.
+def to_tensor():
+    """PIL RGB -> float32 (3, H, W), ImageNet mean and deviation. A mask beside it stays as it is."""
+    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
-    presence: (n, S), `classes_in` of each photo's mask; photos without known labels say nothing
+
+def square(side):
+    """PIL photo -> float32 (3, side, side), resized"""
+    return v2.Compose([v2.Resize((side, side), InterpolationMode.BICUBIC), to_tensor()])
+
+
+def jitter_hsv(photo):
+    """Random shift of hue by up to 10 of 180, of saturation and value by up to 10 of 255. PIL RGB -> PIL RGB"""
+    shift = torch.empty(3).uniform_(-10, 10).numpy() * (256 / 180, 1, 1)  # Pillow's hue has 256 steps
+    hsv = np.array(photo.convert("HSV")) + shift
+    hsv[..., 0] %= 256
+    return Image.fromarray(hsv.clip(0, 255).astype(np.uint8), mode="HSV").convert("RGB")
+
+
+def scale_like_opencv(image, factor, mode="bicubic"):
+    """Both sides times `factor`, as OpenCV's cubic or nearest does it: not antialiased, on the grid of `factor` itself.
+
+    image: float32 (C, H, W)  ->  float32 (C, round(factor H), round(factor W)), at least one pixel each
     """
-    shown, told, known = np.asarray(presence).reshape(len(names), -1)[:, 1:], [], []
-    for n, name in enumerate(names):
-        with contextlib.suppress(InputError):
-            told.append(dataset.labels([name])[0].numpy() > 0)
-            known.append(n)
-    if len(names) and not shown.any() and (not told or np.any(told)):
-        return [f"none of {len(names)} masks shows a class: they hold 0 (background) and {VOID} (void) alone, where "
-                f"classes are 1 to {dataset.num_classes - 1}"]
-    if not told:
-        return []
-    shown, told, lines = shown[known], np.array(told), []
-    both, count = told & shown, told.sum(0)
-    for n, name in enumerate(dataset.classes):
-        if count[n] and not both[:, n].any():
-            where = "only in masks of photos without that label" if shown[:, n].any() else "in none of the masks"
-            lines.append(f"{name}: labelled in {count[n]} photos, {where}")
-    labelled, without = told.any(1), told.any(1) & ~both.any(1)
-    if without.sum() > labelled.sum() / 2:
-        lines.append(f"{without.sum()} of {labelled.sum()} masks show none of their photo's labels, first "
-                     f"{names[known[int(without.argmax())]]}")
-    return lines
+    height, width = (max(1, round(side * factor)) for side in image.shape[1:])
+    more = math.ceil(1 / factor)  # of the border's pixels, so that the grid reaches the rounded size
+    padded = F.pad(image[None], (0, more, 0, more), mode="replicate")
+    scaled = F.interpolate(padded, scale_factor=factor, mode=mode, recompute_scale_factor=False)
+    return scaled[0, :, :height, :width]

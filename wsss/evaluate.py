@@ -4,24 +4,21 @@
     python -m wsss.evaluate --data DIR --masks FOLDER      anybody's index PNGs; or --class-maps FOLDER
 """
 import math
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from wsss.cli import Commands
-from wsss.data import DataSet, contradictions
-from wsss.images import VOID, read_mask, require
+from wsss.data import DataSet
+from wsss.masks import VOID, contradictions, read_mask
 from wsss.pool import in_processes
-from wsss.seeds import UNREADABLE, combine_scales, read_seeds
-from wsss.stage import STAGES, InputError, find_record, is_junk, is_whole, older_than, read_json, write_json
+from wsss.seeds import read_seeds
+from wsss.stage import STAGES, InputError, find_record, is_whole, older_than, read_json, require, write_json
 
 THRESHOLDS = np.arange(60, dtype=np.float32) / 100  # of the seeds: 0.00 ... 0.59 (TransCAM)
-POOL_FROM = 1000  # photos: below that a pool of processes takes longer to start than to score
+POOL_FROM = 1000  # photos
 
-
-# ---------------------------------------------------------------- metrics
 
 def confusion(mask, prediction, num_classes):
     """Pixel counts; void (255) of either side is left out.
@@ -84,8 +81,6 @@ def best_threshold(matrices):
             "curve": curve.tolist()}
 
 
-# ---------------------------------------------------------------- one photo
-
 def score_class_maps(mask_path, folder, name, class_names, kind):
     mask = read_mask(mask_path, 1 + len(class_names))
     classes, cams = read_any_seeds(folder, name, class_names, kind)
@@ -101,11 +96,9 @@ def read_any_seeds(folder, name, class_names, kind):
         if classes.max(initial=0) > len(class_names):
             raise InputError(f"{folder / name}.npz has class {classes.max()}, but there are {len(class_names)}")
         return classes, maps
-    if (folder / f"{name}.npy").is_file():
-        raise InputError(f"{folder / name}.npy is not read: a folder {name} with CLASS.npy is wanted. A pickle, which "
-                         "can run any code when read, is converted as docs/files.md says, if you trust it")
     if not (folder / name).is_dir():
-        raise InputError(f"no class maps of {name} in {folder}: neither {name}.npz nor {name}/CLASS.npy")
+        raise InputError(f"no class maps of {name} in {folder}: neither {name}.npz nor {name}/CLASS.npy (docs/files.md "
+                         "says how other files are converted)")
     paths = [folder / name / f"{label}.npy" for label in class_names]
     have = [n for n, path in enumerate(paths) if path.is_file()]
     if stray := sorted(path for path in (folder / name).glob("[!.]*.npy") if path not in paths):  # a class misspelt?
@@ -113,23 +106,11 @@ def read_any_seeds(folder, name, class_names, kind):
     try:
         maps = [np.load(paths[n], allow_pickle=False).astype(np.float32) for n in have]
         maps = np.stack(maps) if maps else np.zeros((0, 1, 1), np.float32)
-    except UNREADABLE as error:
+    except Exception as error:  # numpy raises many kinds
         raise InputError(f"cannot read {folder / name}: {error}") from None
-    if maps.ndim != 3 or not np.isfinite(maps).all():
-        raise InputError(f"{folder / name} has class maps that are not (H, W), or not finite")
-    if maps.min(initial=0) < 0 or maps.max(initial=0) > 1:
-        raise InputError(f"{folder / name} has class maps from {maps.min():.3g} to {maps.max():.3g}: scale them to "
-                         "[0, 1]")
+    if maps.ndim != 3 or not (maps.min(initial=0) >= 0 and maps.max(initial=0) <= 1):  # of nan neither is
+        raise InputError(f"{folder / name} has class maps that are not (H, W) in [0, 1]")
     return np.array(have, np.int64) + 1, maps
-
-
-def score_floor(mask_path, name, classes, num_classes):
-    """Random maps of the photo's own labels, at THRESHOLDS; last background everywhere. -> (61, S, S)"""
-    mask = read_mask(mask_path, num_classes)
-    maps = np.random.RandomState(zlib.crc32(name.encode())).rand(len(classes), 16, 16)
-    cams = combine_scales([torch.from_numpy(maps).float()], mask.shape).numpy()
-    at_random = confusion_over_thresholds(mask, classes, cams, num_classes)
-    return np.concatenate([at_random, confusion(mask, np.zeros_like(mask), num_classes)[None]])
 
 
 def score_mask(mask_path, path, num_classes):
@@ -138,8 +119,6 @@ def score_mask(mask_path, path, num_classes):
     prediction = read_mask(path, num_classes, mask.shape)
     return confusion(mask, np.where(prediction == VOID, num_classes, prediction), num_classes + 1)[None]
 
-
-# ---------------------------------------------------------------- rows of the table
 
 class Scorer:
     """Scores photos of a data set, a row of the table each time; remembers what their masks show.
@@ -154,10 +133,8 @@ class Scorer:
         """Sum of the pixel counts (..., S, S) that `work` makes of each photo's mask and job."""
         masks = [self.dataset.mask(name) for name in ids]
         require(masks, "masks")
-        workers = self.workers if len(ids) >= POOL_FROM else 0
-        jobs = ((mask, *job) for mask, job in zip(masks, jobs))
-        total = 0
-        for name, counts in zip(ids, in_processes(work, jobs, workers, len(ids), what)):
+        jobs, total = ((mask, *job) for mask, job in zip(masks, jobs)), 0
+        for name, counts in zip(ids, in_processes(work, jobs, self.workers, len(ids), what, POOL_FROM)):
             self.presence[name] = counts[0].sum(1)[:self.dataset.num_classes] > 0
             total = total + counts
         return total
@@ -167,15 +144,6 @@ class Scorer:
         best = best_threshold(self.total(score_class_maps, ids, jobs, f"{kind} seeds"))
         return {"threshold": f"{best['best']:.2f} (best)", "crf": "no", **best}
 
-    def floors(self, ids):
-        """-> the rows of random maps and of background everywhere"""
-        classes = [labels.nonzero()[:, 0].numpy() + 1 for labels in self.dataset.labels(ids)]
-        jobs = [(name, own, self.dataset.num_classes) for name, own in zip(ids, classes)]
-        matrices = self.total(score_floor, ids, jobs, "floor")
-        best, background = best_threshold(matrices[:-1]), iou(matrices[-1])
-        return ({"threshold": f"{best['best']:.2f} (best)", "crf": "no", **best},
-                {"iou": background.tolist(), "miou": 100 * float(np.nanmean(background))})
-
     def masks(self, ids, folder, threshold="-", crf="-"):
         jobs = [(folder / f"{name}.png", self.dataset.num_classes) for name in ids]
         require([path for path, _ in jobs], "masks")
@@ -184,9 +152,14 @@ class Scorer:
         return {"threshold": threshold, "crf": crf, "iou": each.tolist(), "miou": 100 * float(np.nanmean(each)),
                 "coverage": coverage}
 
-    def doubts(self):
-        """What makes the scores of these photos doubtful, a line each."""
-        return contradictions(self.dataset, list(self.presence), list(self.presence.values()))
+
+def out_of_date(out, name, record, dataset=None):
+    """{"stale": why} where a stage is older than what it was made from, else {}."""
+    if older := older_than(out, name):
+        return {"stale": older}
+    if dataset and not dataset.is_that_of(record):
+        return {"stale": f"made from other lists, labels or classes: make {STAGES[name][1]} FRESH=1"}
+    return {}
 
 
 def stage_rows(scorer, out, records):
@@ -219,32 +192,19 @@ def stage_rows(scorer, out, records):
         if row["map"] is not None and classifier["map_of"] != dataset.digest_of("val"):
             row.setdefault("stale", "of another list val: make train FRESH=1")
         rows.append(row)
-    if has_masks and splits["train"]:
-        for title, values in zip(("random maps", "background"), scorer.floors(splits["train"])):
-            rows.append({"stage": title, "split": "train", "n": len(splits["train"]), **values})
-    settings = {name: record["settings"] for name, record in records.items()}
-    for title, kind in (("plain CAM", "plain"), ("Eigen-CAM", "eigen"), ("refined seeds", "refined")):
-        if kind == "refined" or settings.get("cams", {}).get(kind):
-            add(title, "train", "cams", ".npz", lambda ids, kind=kind: scorer.class_maps(ids, out / "cams", kind))
-
-    def add_masks(title, split, name, shown):
-        add(title, split, name, ".png", lambda ids: scorer.masks(ids, out / name, *shown(settings[name])))
-
-    add_masks("affinity labels", "train", "affinity_labels",
-              lambda flags: (f"{flags['foreground']:.2f}/{flags['background']:.2f}", "yes"))
-    add_masks("pseudo labels", "train", "pseudo_labels", lambda flags: (f"bg {flags['background_score']:.2f}", "yes"))
-    add_masks("segmenter", "val", "segmentation", lambda flags: ("-", "yes" if flags["crf"] else "no"))
+    for kind, title in (("plain", "plain CAM"), ("eigen", "Eigen-CAM"), ("refined", "refined seeds")):
+        if kind == "refined" or "cams" in records and records["cams"]["settings"][kind]:
+            add(title, "train", "cams", ".npz", lambda ids: scorer.class_maps(ids, out / "cams", kind))
+    for title, split, name, threshold in (
+            ("affinity labels", "train", "affinity_labels", "{foreground:.2f}/{background:.2f}"),
+            ("pseudo labels", "train", "pseudo_labels", "bg {background_score:.2f}"),
+            ("segmenter", "val", "segmentation", "-")):
+        def score(ids):
+            settings = records[name]["settings"]
+            crf = "yes" if settings.get("crf", True) else "no"
+            return scorer.masks(ids, out / name, threshold.format(**settings), crf)
+        add(title, split, name, ".png", score)
     return rows
-
-
-def out_of_date(out, name, record, dataset=None):
-    """{"stale": why} where a stage is older than what it was made from, else {}."""
-    target = STAGES[name][1]
-    if older := older_than(out, name):
-        return {"stale": f"older than the {STAGES[older][0]}: make {target}"}
-    if dataset and not dataset.is_that_of(record):
-        return {"stale": f"made from other lists, labels or classes: make {target} FRESH=1"}
-    return {}
 
 
 def read_results(out):
@@ -254,7 +214,7 @@ def read_results(out):
         return None
     results = read_json(path, ("data", "classes", "rows", "devices", "precision", "seconds", "settings"))
     for row in results["rows"]:
-        name = row.get("of")  # floors are of none
+        name = row.get("of")
         if name is None or not (record := find_record(out, name)):
             continue
         if record["id"] != row["id"]:
@@ -264,46 +224,35 @@ def read_results(out):
     return results
 
 
-def say_strays(folder, ids):
-    """Name what lies beside the class maps of these photos, and that it is not looked at."""
-    known, strays = set(ids), []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not is_junk(path)):
-        name = path.relative_to(folder)
-        of = {".npz": name.with_suffix(""), ".npy": name.parent}.get(path.suffix)
-        if of is None or of.as_posix() not in known:
-            strays.append(path)
-    if strays:
-        print(f"{len(strays)} files in {folder} are not class maps of these {len(ids)} photos and are left out, "
-              f"first {strays[0]}")
-
-
 def evaluate(args):
     """Score every stage found in OUT against the masks, print one table, write OUT/results.json."""
     dataset = DataSet(args.data)
-    scorer, classes = Scorer(dataset, args.workers), ["background", *dataset.classes]
+    scorer, classes, records = Scorer(dataset, args.workers), ["background", *dataset.classes], {}
     if args.masks or args.class_maps:
         ids, rows = dataset.ids(args.split), []
         if args.class_maps:
-            say_strays(args.class_maps, ids)
             rows.append({"stage": args.class_maps.name, **scorer.class_maps(ids, args.class_maps)})
         if args.masks:
             rows.append({"stage": args.masks.name, **scorer.masks(ids, args.masks)})
-        return print_table([{"split": args.split, "n": len(ids), **row} for row in rows], classes, scorer.doubts())
-    records = {name: record for name in STAGES if (record := find_record(args.out, name))}
-    if not records:
-        raise InputError(f'nothing to score in {args.out}: run "make train"')
-    rows = stage_rows(scorer, args.out, records)
-    each = {key: {n: record[key] for n, record in records.items()} for key in ("seconds", "settings", "precision")}
-    write_json(args.out / "results.json", {
-        "data": dataset.root.resolve().name, "classes": classes, "rows": rows, "doubts": scorer.doubts(),
-        "devices": sorted({record["device"] for record in records.values()}), **each})
-    print_table(rows, classes, scorer.doubts())
-    seconds = ", ".join(f"{name} {value:.0f}" for name, value in each["seconds"].items())
-    used = ", ".join(sorted(set(each["precision"].values())))
-    print(f"precision: {used}; seconds: {seconds} -> {args.out / 'results.json'}")
+        rows = [{"split": args.split, "n": len(ids), **row} for row in rows]
+    else:
+        records = {name: record for name in STAGES if (record := find_record(args.out, name))}
+        if not records:
+            raise InputError(f'nothing to score in {args.out}: run "make train"')
+        rows = stage_rows(scorer, args.out, records)
+    doubts = contradictions(dataset, list(scorer.presence), list(scorer.presence.values()))
+    print_table(rows, classes, doubts)
+    if records:
+        each = {key: {n: record[key] for n, record in records.items()} for key in ("seconds", "settings", "precision")}
+        write_json(args.out / "results.json", {
+            "data": dataset.root.resolve().name, "classes": classes, "rows": rows, "doubts": doubts,
+            "devices": sorted({record["device"] for record in records.values()}), **each})
+        seconds = ", ".join(f"{name} {value:.0f}" for name, value in each["seconds"].items())
+        used = ", ".join(sorted(set(each["precision"].values())))
+        print(f"precision: {used}; seconds: {seconds} -> {args.out / 'results.json'}")
 
 
-def _outcome(row):
+def outcome(row):
     """The last column of the table."""
     if "miou" not in row and row.get("map") is None:
         return f"      - ({row['note']})"
@@ -313,12 +262,12 @@ def _outcome(row):
     return (value + "".join(f" {row[key]};" for key in ("missing", "seen", "stale") if key in row)).rstrip(";")
 
 
-def print_table(rows, classes, doubts=()):
+def print_table(rows, classes, doubts):
     """The rows of results.json as text, the IoU of each class below."""
     print(f"\n{'stage':16} {'split':6} {'N':>6}  {'threshold':12} {'CRF':4} {'mIoU %':>7}")
     for row in rows:
         how = f"{row.get('threshold', '-'):12} {row.get('crf', '-'):4}"
-        print(f"{row['stage']:16} {row['split']:6} {row['n']:6}  {how} {_outcome(row)}")
+        print(f"{row['stage']:16} {row['split']:6} {row['n']:6}  {how} {outcome(row)}")
     if any("best" in row.get("threshold", "") for row in rows):
         print("Thresholds of seeds marked (best) were chosen by looking at the masks, out of 0.00 ... 0.59.")
     for line in doubts:
@@ -338,7 +287,7 @@ def print_table(rows, classes, doubts=()):
 
 def main():
     commands = Commands(__doc__, "evaluate")
-    parser = commands.only(evaluate, computes=False)
+    parser = commands.add(evaluate, computes=False)
     parser.add_argument("--masks", type=Path, help="score this folder of index PNGs instead")
     parser.add_argument("--class-maps", type=Path, help="score these instead: ID.npz of ours or ID/CLASS.npy")
     parser.add_argument("--split", default="train", help="list that --masks or --class-maps is scored on")

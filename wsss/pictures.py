@@ -1,28 +1,27 @@
-"""Pictures of what the stages made, and a page of them. `report.py` finds the runs, and hands over folders and arrays.
+"""Pictures of what the stages made. `report.py` finds the runs, and hands over folders and arrays.
 
     python -m wsss.report show|gallery|figures    -> OUT/show.png, OUT/report/, OUT/figures/
 """
 from html import escape
+from pathlib import Path
 from string import Template
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
 import bnr
-from wsss.evaluate import confusion, iou
-from wsss.images import VOID, overlay, palette, read_image, read_mask, square
+from wsss.data import read_image, square
+from wsss.evaluate import outcome
+from wsss.masks import overlay, palette, read_mask
 from wsss.seeds import hard_threshold, read_seeds
-from wsss.stage import STAGES, InputError, write
+from wsss.stage import STAGES, InputError
 
 MAPS = {"plain": "plain CAM", "eigen": "Eigen-CAM", "refined": "refined CAM"}
 FONT = ImageFont.load_default(size=13)
 LINE = 20  # pixels of a line of text
 GAP = 6  # pixels between panels
 
-
-# ---------------------------------------------------------------- one panel
 
 def heat(photo, classes, maps):
     """The photo, darkened, with each class map in its class's colour.
@@ -48,49 +47,34 @@ def glow(photo, values):
     return (0.3 * photo.float().mean(0) + 0.7 * 255 * colours).clamp(0, 255).byte()
 
 
-def read_label(path, photo, num_classes, target=None):
-    """An index PNG of the photo's size, or None where there is none. target: what makes a wrong one again"""
-    try:
-        return read_mask(path, num_classes, photo.shape[1:]) if path.is_file() else None
-    except InputError as error:
-        raise InputError(str(error) + (f': delete it and run "make {target}"' if target else "")) from None
-
-
-# ---------------------------------------------------------------- many panels, and their page
-
-def fitted(picture, height):
-    """uint8 (3, H, W)  ->  PIL of this height, at most twice as wide"""
-    _, H, W = picture.shape
-    factor = min(height / H, 2 * height / W)
-    return to_pil_image(picture).resize((max(1, round(factor * W)), max(1, round(factor * H))), Image.BICUBIC)
-
-
 def sheet(rows, height):
     """Rows of panels, (title, uint8 (3, H, W) or None), in one picture. height: of a panel, pixels  ->  PIL RGB"""
-    pen, widths = ImageDraw.Draw(Image.new("RGB", (1, 1))), [0] * max(map(len, rows))
-    rows = [[(title, None if picture is None else fitted(picture, height)) for title, picture in row] for row in rows]
-    for row in rows:
+    pen, widths, placed = ImageDraw.Draw(Image.new("RGB", (1, 1))), [0] * max(map(len, rows)), []
+    for y, row in enumerate(rows):
         for n, (title, picture) in enumerate(row):
+            if picture is not None:
+                H, W = picture.shape[1:]
+                factor = min(height / H, 2 * height / W)  # at most twice as wide as high
+                size = max(1, round(factor * W)), max(1, round(factor * H))
+                picture = to_pil_image(picture).resize(size, Image.BICUBIC)
             widths[n] = max(widths[n], picture.width if picture else 0, round(pen.textlength(title, FONT)) + 4)
-    down = LINE + height + GAP  # from a row to the next
-    total = Image.new("RGB", (sum(widths) + GAP * (1 + len(widths)), down * len(rows) + GAP), "white")
+            placed.append((n, GAP + y * (LINE + height + GAP), title, picture))
+    total = Image.new("RGB", (sum(widths) + GAP * (1 + len(widths)), GAP + len(rows) * (LINE + height + GAP)), "white")
     pen = ImageDraw.Draw(total)
-    for y, row in zip(range(GAP, total.height, down), rows):
-        x = GAP
-        for (title, picture), width in zip(row, widths):
-            pen.text((x, y), title, "black", FONT)
-            if picture:
-                total.paste(picture, (x, y + LINE))
-            x += width + GAP
+    for n, y, title, picture in placed:
+        x = sum(widths[:n]) + GAP * (1 + n)
+        pen.text((x, y), title, "black", FONT)
+        if picture:
+            total.paste(picture, (x, y + LINE))
     return total
 
 
-def stages_of(name, photo_path, mask_path, out, num_classes, kinds, threshold):
+def stages_of(dataset, name, out, kinds=("refined",), threshold=0.4):
     """What a run made of one photo. kinds: of MAPS, "refined" last; threshold: of the seed
 
     ->  {title: uint8 (3, H, W), or None where a stage has not run}, {title: label uint8 (H, W), or None}
     """
-    photo, path = pil_to_tensor(read_image(photo_path)), out / "cams" / f"{name}.npz"
+    photo, path = pil_to_tensor(read_image(dataset.image(name))), out / "cams" / f"{name}.npz"
     cams, seed = dict.fromkeys(MAPS[kind] for kind in kinds), None
     for kind in kinds if path.is_file() else ():
         classes, maps = read_seeds(path, kind)
@@ -98,22 +82,18 @@ def stages_of(name, photo_path, mask_path, out, num_classes, kinds, threshold):
         if (h, w) != (H, W):
             raise InputError(f'{path} is {w}x{h}, its photo {W}x{H}: delete it and run "make cams"')
         cams[MAPS[kind]], seed = heat(photo, classes, maps), hard_threshold(classes, maps, threshold)
-    labels = {"ground truth": read_label(mask_path, photo, num_classes), f"seed at {threshold:.2f}": seed}
-    for title, folder in (("pseudo label", "pseudo_labels"), ("segmentation", "segmentation")):
-        labels[title] = read_label(out / folder / f"{name}.png", photo, num_classes, STAGES[folder][1])
+    pseudo_label, segmentation = (out / stage / f"{name}.png" for stage in ("pseudo_labels", "segmentation"))
+    labels = {"ground truth": dataset.mask(name), f"seed at {threshold:.2f}": seed,
+              "pseudo label": pseudo_label, "segmentation": segmentation}
+    for title, path in labels.items():
+        if isinstance(path, Path):
+            again = f': delete it and run "make {STAGES[path.parent.name][1]}"' if path.is_relative_to(out) else ""
+            try:
+                labels[title] = read_mask(path, dataset.num_classes, photo.shape[1:]) if path.is_file() else None
+            except InputError as error:
+                raise InputError(f"{error}{again}") from None
     drawn = {title: None if label is None else overlay(photo, label) for title, label in labels.items()}
     return {"photo": photo, "ground truth": drawn.pop("ground truth"), **cams, **drawn}, labels
-
-
-def draw_strip(to, height, scored, *photo):
-    """Write the strip of one photo. photo: of `stages_of`  ->  IoU of the label `scored` or None, (width, height)"""
-    panels, labels = stages_of(*photo)
-    image, truth = sheet([list(panels.items())], height), labels["ground truth"]
-    write(to, lambda file: image.save(file, format="JPEG", quality=80))
-    if truth is None or labels[scored] is None:
-        return None, image.size
-    each = iou(confusion(truth, labels[scored], VOID))
-    return (None if np.isnan(each).all() else float(np.nanmean(each))), image.size
 
 
 PAGE = Template("""<!DOCTYPE html>
@@ -125,23 +105,21 @@ td, th { padding: 0 1em 0 0; text-align: left } .stale { color: #b00 }
 figure { margin: 1em 0 } img { height: auto; max-width: 100% } span { padding: 0 .4em; color: #fff; background: #000 }
 </style>
 <h1>$name</h1>
-<table><tr><th>stage<th>split<th>N<th>threshold<th>%<th></tr>
+<table><tr><th>stage<th>split<th>N<th>threshold<th>mIoU %</tr>
 $rows</table>
 <p>$legend
 $sections</html>
+""")
+FIGURE = Template("""<figure><figcaption>$title</figcaption>
+<img src="$source" alt="" width="$width" height="$height" loading="lazy"></figure>
 """)
 
 
 def table_row(row):
     """A row of results.json as HTML."""
-    value = row.get("miou") if row.get("map") is None else 100 * row["map"]
-    shown = row["note"] if value is None else f"{value:.2f} {'mIoU' if row.get('map') is None else 'mAP'}"
-    notes = "; ".join(row[key] for key in ("missing", "seen", "stale") if key in row)
-    cells = row["stage"], row["split"], row["n"], row.get("threshold", "-"), shown, notes
+    cells = row["stage"], row["split"], row["n"], row.get("threshold", "-"), outcome(row)
     return f"<tr{' class=stale' * ('stale' in row)}>" + "".join(f"<td>{escape(str(cell))}" for cell in cells) + "\n"
 
-
-# ---------------------------------------------------------------- the classifier on one photo
 
 @torch.inference_mode()
 def look(model, image, crop, scales, device, amp):

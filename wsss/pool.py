@@ -24,8 +24,6 @@ RANK, WORLD, LOCAL_RANK = (int(os.environ[name]) if IS_TORCHRUN else default
                            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
-# ---------------------------------------------------------------- device
-
 def pick_device(name, computes=True):
     """The device, printed; a warning where a GPU is there but cannot be used. computes: False: the CPU is enough."""
     if name and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -39,14 +37,13 @@ def pick_device(name, computes=True):
             # cuDNN's backward pass reads past the end where 1 + N is not a multiple of 128 (pytorch/pytorch#169849).
             torch.backends.cuda.enable_cudnn_sdp(False)
             device = card
-        except (RuntimeError, AssertionError) as error:  # no GPU, driver or kernels that fit
-            if "out of memory" in str(error):
-                raise InputError(f"{card} has no memory left for another process; --device cpu does without") from None
-            if name or WORLD > 1 and torch.cuda.device_count():
-                each = f": each of {WORLD} processes needs one" * (WORLD > 1)
-                raise InputError(f"--device {card}: torch {torch.__version__} finds no usable GPU{each}") from None
-            if Path("/proc/driver/nvidia/version").exists():
-                print(f"warning: a GPU is there, but torch {torch.__version__} cannot use it: does its CUDA fit?")
+        except (RuntimeError, AssertionError) as error:  # no GPU, driver or kernels that fit, or no memory left
+            is_there = Path("/proc/driver/nvidia/version").exists()
+            why = f"torch {torch.__version__} cannot use it ({str(error).splitlines()[0]}); --device cpu does without"
+            if name or is_there and WORLD > 1:
+                raise InputError(f"--device {card}: {why}") from None
+            if is_there:
+                print(f"warning: a GPU is there, but {why}")
     if RANK == 0:
         print(f"device: {device} ({device_name(device)})", flush=True)
     return device
@@ -81,8 +78,6 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-# ---------------------------------------------------------------- work in parallel
-
 def bar(total, what, initial=0):
     """A progress bar; in a log, which is not a terminal, a line now and then."""
     return tqdm(total=total, desc=what, unit="img", initial=initial, disable=RANK > 0,
@@ -112,10 +107,13 @@ def for_each_photo(run, path_of, names, item, compute, write, device, workers, b
         pass
 
 
-def in_processes(work, jobs, workers, total, what):
-    """Yield work(*job) of each job, in order, from a pool of processes; `jobs` may be a generator that computes."""
+def in_processes(work, jobs, workers, total, what, pool_from=2):
+    """Yield work(*job) of each job, in order, from a pool of processes; `jobs` may be a generator that computes.
+
+    pool_from: how many jobs are worth the seconds that a pool takes to start
+    """
     with bar(total, what) as progress:
-        results = _pooled(work, jobs, workers) if workers and total > 1 else (work(*job) for job in jobs)
+        results = _pooled(work, jobs, workers) if workers and total >= pool_from else (work(*job) for job in jobs)
         for result in results:
             yield result
             progress.update()

@@ -1,7 +1,7 @@
 """Makes a folder a data set: the toy set drawn, VOC and COCO with lists, labels and masks; and checks any data set.
 
-    python -m wsss.prepare toy                draws the toy set into data/toy; interrupted, it continues
-    python -m wsss.prepare voc --root DIR     PASCAL VOC 2012 with SBD's lists: fetched where missing, lists and labels
+    python -m wsss.prepare toy                draws the toy set into data/toy
+    python -m wsss.prepare voc --root DIR     PASCAL VOC 2012 with SBD's lists: train_aug.txt and labels.txt
     python -m wsss.prepare coco --root DIR    MS COCO 2014: links to its photos, masks, labels and lists; it goes on
     python -m wsss.prepare check --data DIR   counts, and what would break a stage; exit status 1 if something would
 
@@ -11,93 +11,52 @@ import wsss  # noqa: F401, must come first: names a package that is not installe
 import json
 import os
 import shutil
-import tarfile
-from array import array
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import VOCSegmentation
 from tqdm import tqdm
 
-from wsss.check import check, images_a_class
 from wsss.cli import TOY, Commands, whole
-from wsss.data import DataSet, photo_id, read_entries
-from wsss.images import VOID, read_image, read_mask, require, write_mask
-from wsss.pool import in_processes, peak_memory
-from wsss.stage import (TEMPORARY, InputError, is_junk, is_whole, read_json, read_text, write, write_json,
+from wsss.data import DataSet, photo_id, read_entries, read_image
+from wsss.masks import VOID, classes_in, contradictions, write_mask
+from wsss.pool import in_processes
+from wsss.stage import (TEMPORARY, InputError, is_whole, read_json, read_text, require, write, write_json,
                         write_lines)
 from wsss.toy import TOY_CLASSES, toy_picture
 
 VOC_SIZES = {"train_aug": 10582, "train": 1464, "val": 1449, "test": 1456}
 COCO_SPLITS = {"train_aug": "train2014", "val": "val2014"}
 COCO_SIZES = {"train_aug": 82081, "val": 40137}  # photos with an instance
-LONGEST = 65535  # pixels of a JPEG's side
-
-
-# ---------------------------------------------------------------- toy set
-
-def read_drawing(photo, mask):
-    """The mask of a toy picture that is there whole, else None."""
-    try:
-        width, height = read_image(photo).size
-        return read_mask(mask, 1 + len(TOY_CLASSES), (height, width))
-    except InputError:
-        return None
+LISTED = 20  # problems that `check` tells at most
+CHUNK = 100  # photos that a process reads at a time
 
 
 def toy(args):
-    """Draw the toy set: a data set in VOC layout, the same pixels for the same seed. What is there whole stays."""
-    made, begun = args.root / "toy.json", args.root / "toy.part.json"
+    """Draw the toy set: a data set in VOC layout, the same pixels for the same seed."""
+    root, part = args.root, args.root.with_name(f".{args.root.name}{TEMPORARY}")
     settings = {"seed": args.seed, "train": args.train, "val": args.val, "classes": list(TOY_CLASSES)}
-    record = next((read_json(path) for path in (made, begun) if path.is_file()), None)
-    if record is None and any(not is_junk(path) for path in args.root.glob("[!.]*")):
-        raise InputError(f"{args.root} holds something else: not drawing over it")
-    if record not in (None, settings):
-        flags = " ".join(f"--{flag} {record.get(flag)}" for flag in ("seed", "train", "val"))
-        raise InputError(f"{args.root} holds a drawing of {flags}: take another --root, or remove it")
-    if record is None:
-        write_json(begun, settings)
-    for path in args.root.rglob(f".*{TEMPORARY}"):  # of drawings that were killed
-        path.unlink()
-    names = [f"toy_{n:04d}" for n in range(args.train + args.val)]
-    labels, drawn = [], 0
+    if (root / "toy.json").is_file():
+        if (record := read_json(root / "toy.json")) != settings:
+            flags = " ".join(f"--{flag} {record.get(flag)}" for flag in ("seed", "train", "val"))
+            raise InputError(f"{root} holds a drawing of {flags}: take another --root, or remove it")
+        return print(f"{root} is drawn already")
+    if root.exists() and any(root.iterdir()):
+        raise InputError(f"{root} holds something else: not drawing over it")
+    shutil.rmtree(part, ignore_errors=True)  # of a drawing that was interrupted
+    names, labels = [f"toy_{n:04d}" for n in range(args.train + args.val)], []
     for n, name in enumerate(tqdm(names, desc="toy set", unit="img")):
-        photo, path = args.root / "JPEGImages" / f"{name}.jpg", args.root / "SegmentationClass" / f"{name}.png"
-        mask = read_drawing(photo, path)
-        if mask is None:
-            picture, mask = toy_picture(np.random.RandomState([args.seed, n]))
-            write(photo, lambda file: picture.save(file, format="JPEG", quality=95))
-            write_mask(path, mask)
-            drawn += 1
+        picture, mask = toy_picture(np.random.RandomState([args.seed, n]))
+        write(part / "JPEGImages" / f"{name}.jpg", lambda file: picture.save(file, format="JPEG", quality=95))
+        write_mask(part / "SegmentationClass" / f"{name}.png", mask)
         labels.append(" ".join([name] + [TOY_CLASSES[c - 1] for c in np.unique(mask) if 0 < c < VOID]))
+    write_lines(part / "labels.txt", labels)
+    write_lines(part / "classes.txt", TOY_CLASSES)
     train, val = names[:args.train], names[args.train:]
-    lists = {"labels.txt": labels, "classes.txt": TOY_CLASSES}
     for split, chosen in (("train_aug", train), ("train", train), ("val", val)):
-        lists[f"ImageSets/Segmentation/{split}.txt"] = chosen
-    missing = [file for file in lists if not (args.root / file).is_file()]
-    for file in missing:
-        write_lines(args.root / file, lists[file])
-    if made.is_file() and not drawn and not missing:
-        return print(f"{args.root} is drawn already")
-    write_json(made, settings)
-    begun.unlink(missing_ok=True)
-    print(f"{args.root}: {len(train)} train, {len(val)} val pictures, {drawn} of them drawn now")
-
-
-# ---------------------------------------------------------------- PASCAL VOC 2012
-
-def fetch_devkit(root):
-    """Have torchvision download and unpack the devkit; complete, it becomes ROOT/VOCdevkit."""
-    part = root / "VOCdevkit.part"
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        VOCSegmentation(part, year="2012", image_set="train", download=True)
-        os.replace(part / "VOCdevkit", root / "VOCdevkit")
-        shutil.rmtree(part)
-    except (OSError, RuntimeError, HTTPException, tarfile.TarError, EOFError) as error:
-        raise InputError(f"{root} lacks VOCdevkit/VOC2012, and it cannot be fetched ({error}): unpack "
-                         "VOCtrainval_11-May-2012.tar there by hand") from None
+        write_lines(part / f"ImageSets/Segmentation/{split}.txt", chosen)
+    write_json(part / "toy.json", settings)
+    os.replace(part, root)
+    print(f"{root}: {len(train)} train, {len(val)} val pictures")
 
 
 def check_sizes(root, lists, sizes, what):
@@ -112,18 +71,15 @@ def check_sizes(root, lists, sizes, what):
 def voc(args):
     """Prepare VOC 2012: train_aug.txt = (SBD train + SBD val + VOC train) - VOC val, and labels.txt from the XML.
 
-    --root is the devkit's VOC2012 folder, or one that holds or gets VOCdevkit/VOC2012. Of SBD only two lists are read.
+    --root is the devkit's VOC2012 folder, or one that holds VOCdevkit/VOC2012. Of SBD only two lists are read.
     """
-    places = args.sbd, args.root / "sbd", args.root / "benchmark_RELEASE" / "dataset"
-    sbd = next((place for place in places if place and (place / "train.txt").is_file()), None)
-    if sbd is None:
-        raise InputError(f"{args.sbd or args.root / 'sbd'} lacks SBD's train.txt and val.txt: take them from "
-                         "benchmark_RELEASE/dataset of its archive, and name their folder with --sbd DIR")
-    root = args.root
-    if not (root / "JPEGImages").is_dir():
-        root = args.root / "VOCdevkit" / "VOC2012"
-        if not root.is_dir():
-            fetch_devkit(args.root)
+    sbd = args.sbd or args.root / "benchmark_RELEASE" / "dataset"
+    require([sbd / "train.txt", sbd / "val.txt"], "lists of SBD", ": take them from benchmark_RELEASE/dataset of its "
+            "archive, --sbd DIR names their folder")
+    roots = args.root, args.root / "VOCdevkit" / "VOC2012"
+    root = next((root for root in roots if (root / "JPEGImages").is_dir()), None)
+    if root is None:
+        raise InputError(f"{args.root} lacks VOCdevkit/VOC2012: unpack VOCtrainval_11-May-2012.tar there")
     dataset, more = DataSet(root), set()
     for path in (sbd / "train.txt", sbd / "val.txt"):
         more.update(photo_id(text, where) for text, _, where in read_entries(path))
@@ -137,78 +93,48 @@ def voc(args):
     check_sizes(root, lists, VOC_SIZES, "VOC 2012")
 
 
-# ---------------------------------------------------------------- MS COCO 2014
-
 def decode(segmentation, height, width):
     """An instance of COCO as a mask. -> bool (H, W)
 
     segmentation: polygons, each x0, y0, x1, y1, ... in pixels; or {"size": [H, W], "counts": lengths of the runs of 0
     and 1 down the columns, as a list or packed into a string}.
     """
-    try:
-        from pycocotools import mask as coco_mask
-    except ImportError as error:
-        raise InputError(f"no masks of COCO without pycocotools ({error}): "
-                         'run "make coco DATA=DIR" or "pip install pycocotools"') from None
-    if isinstance(segmentation, dict):
-        plain = isinstance(segmentation["counts"], list)
-        if segmentation["size"] != [height, width] or plain and sum(segmentation["counts"]) != height * width:
-            raise ValueError("run lengths of another size")
-        runs = coco_mask.frPyObjects(segmentation, height, width) if plain else segmentation
-        return coco_mask.decode(runs).astype(bool)
-    polygons = [p for p in segmentation if len(p) > 4]  # fewer enclose nothing, and pycocotools takes four for a box
-    if not polygons:
-        return np.zeros((height, width), bool)
-    if not all(np.abs(polygon).max() <= LONGEST for polygon in polygons):  # nan and infinity crash pycocotools
-        raise ValueError("corners far outside the photo")
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))).astype(bool)
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segmentation, list):
+        segmentation = [polygon for polygon in segmentation if len(polygon) > 4]  # four would be taken for a box
+        if not segmentation:
+            return np.zeros((height, width), bool)
+        runs = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    else:
+        is_plain = isinstance(segmentation["counts"], list)
+        runs = coco_mask.frPyObjects(segmentation, height, width) if is_plain else segmentation
+    return coco_mask.decode(runs).astype(bool)
 
 
 def write_coco_mask(path, height, width, instances):
-    """Paint [(annotation, value, segmentation)]: the smaller lies on top, of two equally large ones the later."""
-    shapes, mask = [], np.zeros((height, width), np.uint8)
-    for number, value, segmentation in instances:
-        try:
-            shapes.append((decode(segmentation, height, width), value))
-        except Exception as error:  # pycocotools raises many kinds
-            raise InputError(f"annotation {number} for {path} ({height}x{width}) cannot be decoded: {error}") from None
+    """Paint [(value, segmentation)]: the smaller lies on top, of two equally large ones the later."""
+    shapes = [(decode(shape, height, width), value) for value, shape in instances]
+    mask = np.zeros((height, width), np.uint8)
     for shape, value in sorted(shapes, key=lambda pair: pair[0].sum(), reverse=True):
         mask[shape] = value
     write_mask(path, mask)
 
 
-def compact(entry):
-    """What is read of a json object, polygons as arrays: parsing 455 MB then peaks at 1.1 GiB, not at 2.6."""
-    if "image_id" in entry:
-        shape = entry["segmentation"]
-        shape = shape if isinstance(shape, dict) else [array("d", polygon) for polygon in shape]
-        return entry["id"], entry["image_id"], entry["category_id"], entry["iscrowd"], shape
-    return {key: entry[key] for key in ("id", "file_name", "height", "width")} if "file_name" in entry else entry
-
-
 def read_instances(path):
     """-> {category: class}, {image: (file name, height, width, [annotation, ...])} of the images with an instance"""
     try:
-        found = json.loads(read_text(path), object_hook=compact)
+        found = json.loads(read_text(path))
         categories = sorted(found["categories"], key=lambda category: category["id"])
         classes = {category["id"]: category["name"].replace(" ", "_") for category in categories}
-        images = {image["id"]: image for image in found["images"]}
-        instances = {}
-        for number, image, category, crowd, shape in found["annotations"]:
-            if image not in images or category not in classes:
-                raise InputError(f"{path}: annotation {number} is of image {image}, category {category}, "
-                                 "of which one is not listed")
-            instances.setdefault(image, []).append((number, category, crowd, shape))
-        photos = {}
-        for image in sorted(instances):
-            file, height, width = (images[image][key] for key in ("file_name", "height", "width"))
-            if Path(file).name != file or not (0 < height <= LONGEST and 0 < width <= LONGEST):
-                raise InputError(f"{path}: image {image} is refused: name {file!r}, {height}x{width}")
-            photos[image] = file, int(height), int(width), instances[image]
-        if len({file for file, *_ in photos.values()}) < len(photos):
-            raise ValueError("two images of one file name")
+        images, instances = {image["id"]: image for image in found["images"]}, {}
+        for one in found["annotations"]:
+            value = VOID if one["iscrowd"] else 1 + list(classes).index(one["category_id"])
+            instances.setdefault(one["image_id"], []).append((value, one["category_id"], one["segmentation"]))
+        photos = {n: (*(images[n][key] for key in ("file_name", "height", "width")), instances[n])
+                  for n in sorted(instances)}
         return classes, photos
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot read {path}: {type(error).__name__} {error}") from None
 
 
@@ -216,37 +142,15 @@ def prepare_split(root, split, workers):
     """Write those masks of a split that are not there yet. -> names of the classes, {photo id: its labels}"""
     classes, photos = read_instances(root / "annotations" / f"instances_{split}.json")
     require([root / split / file for file, *_ in photos.values()], "photos")
-    value = {category: n for n, category in enumerate(classes, start=1)}
-    labels, todo = {}, {}
-    for image, (file, _, _, instances) in photos.items():
+    labels, jobs = {}, []
+    for file, height, width, instances in photos.values():
         name = f"{split}/{photo_id(file)}"
-        labels[name] = [classes[category] for category in sorted({category for _, category, _, _ in instances})]
+        labels[name] = [classes[category] for category in sorted({category for _, category, _ in instances})]
         if not is_whole(path := root / "SegmentationClass" / f"{name}.png"):
-            todo[path] = image
-
-    def job(path):
-        _, height, width, instances = photos[todo[path]]
-        painted = [(number, VOID if crowd else value[category], shape) for number, category, crowd, shape in instances]
-        return path, height, width, painted
-
-    for _ in in_processes(write_coco_mask, map(job, todo), workers, len(todo), f"{split} masks"):
+            jobs.append((path, height, width, [(value, shape) for value, _, shape in instances]))
+    for _ in in_processes(write_coco_mask, jobs, workers, len(jobs), f"{split} masks"):
         pass
     return list(classes.values()), labels
-
-
-def link_photos(folder, splits):
-    """JPEGImages with a link to each split's folder beside it; InputError where it holds anything else."""
-    try:
-        folder.mkdir(exist_ok=True)
-        wrong = [path for path in folder.iterdir() if not is_junk(path)
-                 and not (path.is_symlink() and os.readlink(path) == f"../{path.name}")]
-        if wrong or folder.is_symlink():
-            raise InputError(f"{folder} holds more than links to {' and '.join(splits)}: move it away")
-        for split in splits:
-            if not (folder / split).is_symlink():
-                (folder / split).symlink_to(f"../{split}")
-    except OSError as error:
-        raise InputError(f"cannot link the photos in {folder}: {error}") from None
 
 
 def coco(args):
@@ -254,29 +158,102 @@ def coco(args):
 
     train_aug = train, and val, are the photos with an instance, crowds among them. Masks that are there stay.
     """
-    decode([], 1, 1)  # pycocotools must be there
-    root, splits = args.root, COCO_SPLITS.values()
-    needed = [*splits, *(f"annotations/instances_{split}.json" for split in splits)]
+    try:
+        import pycocotools  # noqa: F401
+    except ImportError:
+        raise InputError('no masks of COCO without pycocotools: run "make coco DATA=DIR" or "pip install '
+                         'pycocotools"') from None
+    root, lists, labels = args.root, {}, {}
+    needed = [*COCO_SPLITS.values(), *(f"annotations/instances_{split}.json" for split in COCO_SPLITS.values())]
     if missing := [name for name in needed if not (root / name).exists()]:
         raise InputError(f"{root} lacks {', '.join(missing)} of COCO 2014: put them there")
-    link_photos(root / "JPEGImages", splits)
-    lists, labels, classes = {}, {}, None
     for name, split in COCO_SPLITS.items():
-        found, known = prepare_split(root, split, args.workers)
-        if classes and found != classes:
-            raise InputError(f"{root}/annotations/instances_{split}.json has other categories than the other split")
-        classes, lists[name] = found, list(known)
+        link = root / "JPEGImages" / split
+        link.parent.mkdir(exist_ok=True)
+        if not link.exists():
+            link.symlink_to(f"../{split}")
+        classes, known = prepare_split(root, split, args.workers)
+        lists[name] = list(known)
         labels.update(known)
     lists["train"] = lists["train_aug"]
     write_lines(root / "classes.txt", classes)
     write_lines(root / "labels.txt", [" ".join([name, *known]) for name, known in labels.items()])
     for name, ids in lists.items():
         write_lines(root / "ImageSets/Segmentation" / f"{name}.txt", ids)
-    dataset = DataSet(root)
-    for name in COCO_SPLITS:
-        print(f"{name}: {images_a_class(dataset, dataset.labels(dataset.ids(name)))}")
-    print(f"peak memory {peak_memory():.1f} GB, without the workers' own")  # theirs would start from their parent's
     check_sizes(root, lists, COCO_SIZES, "COCO 2014")
+
+
+def collect(problems, work, *arguments):
+    """What `work` returns; None where it raises InputError, which is one problem more."""
+    try:
+        return work(*arguments)
+    except InputError as error:
+        problems.append(str(error))
+
+
+def look_at(files, num_classes):
+    """Read photos and masks whole. [(photo, mask), ...] -> of each: problems, classes (S,) in the mask or None"""
+    found = []
+    for photo, mask in files:
+        problems, shown = [], None
+        image = collect(problems, read_image, photo)
+        if mask.is_file():
+            shown = collect(problems, classes_in, mask, num_classes, image and image.size[::-1])
+        found.append((problems, shown))
+    return found
+
+
+def check(args):
+    """Count a data set's files and name what would break a stage; exit status 1 if something would."""
+    problems, unlike, splits, shown = [], [], {}, {}
+    dataset = DataSet(args.data)
+    print(f"{len(dataset.photo_of)} photos in {dataset.photos}")
+    print(f"{dataset.num_classes} classes with background: {' '.join(dataset.classes)}")
+    for split in ("train_aug", "train", "val"):
+        if split != "train_aug" and dataset.list_file(split) is None:
+            continue
+        ids = collect(problems, dataset.ids, split)
+        labels = ids and collect(problems, dataset.labels, ids)
+        if labels is None:
+            continue
+        splits[split], masks = ids, [dataset.mask(name) for name in ids]
+        bare = [name for name, row in zip(ids, labels) if not row.any()]
+        there = sum(mask.is_file() for mask in masks)
+        counts = ", ".join(f"{name} {int(n)}" for name, n in zip(dataset.classes, labels.sum(0)))
+        print(f"{split}: {len(ids)} images, {there} masks, {len(bare)} without any label; images a class: {counts}")
+        are_negatives = (dataset.root / "labels.txt").is_file() and len(bare) < len(ids)
+        if split == "train_aug" and bare and not are_negatives:
+            problems.append(f"{len(bare)} of {len(ids)} photos in {split} have no label, first {bare[0]}")
+        if split != "train_aug" and (dataset.root / "SegmentationClass").is_dir():
+            collect(problems, require, masks, f"masks of {split}")
+    val = splits.get("val", [])
+    if seen := collect(problems, dataset.trained_on, val):
+        problems.append(f"{len(seen)} of {len(val)} photos in val stand in train_aug or train too, first {seen[0]}: "
+                        "scores of val would be of photos that were trained on")
+    names = sorted(set().union(*splits.values()))
+    files = [(dataset.image(name), dataset.mask(name)) for name in names]
+    jobs = [(files[at:at + CHUNK], dataset.num_classes) for at in range(0, len(files), CHUNK)]
+    results = in_processes(look_at, jobs, min(8, os.cpu_count() or 1), len(jobs), f"photos, by {CHUNK}", pool_from=11)
+    for (told, classes), name in zip((one for chunk in results for one in chunk), names):
+        problems += told
+        if classes is not None:
+            shown[name] = classes
+            in_mask = [label for label, is_there in zip(dataset.classes, classes[1:]) if is_there]
+            if set(in_mask) != set(dataset.names(name)):
+                unlike.append(f"{name}: mask {' '.join(in_mask) or '-'}, labels {' '.join(dataset.names(name)) or '-'}")
+    if splits.get("train") == splits.get("train_aug"):  # one list
+        splits.pop("train", None)
+    for split, ids in splits.items():
+        ids = [name for name in ids if name in shown]
+        problems += [f"{split}: {line}" for line in contradictions(dataset, ids, [shown[name] for name in ids])]
+    if unlike:
+        print(f"note: masks and labels of {len(unlike)} photos differ, first {unlike[0]}")
+    problems = list(dict.fromkeys(problems))
+    for line in problems[:LISTED]:
+        print(f"problem: {line}")
+    if problems:
+        raise InputError(f"{len(problems)} problems in {dataset.root}")
+    print("no problems")
 
 
 def main():
@@ -287,7 +264,7 @@ def main():
     parser.add_argument("--train", type=whole(1), default=320, help="training pictures")
     parser.add_argument("--val", type=whole(0), default=80, help="validation pictures")
     parser = commands.add(voc, "prepare PASCAL VOC 2012", is_run=False)
-    parser.add_argument("--root", type=Path, required=True, help="the devkit's VOC2012, or where to download to")
+    parser.add_argument("--root", type=Path, required=True, help="the devkit's VOC2012, or what holds VOCdevkit")
     parser.add_argument("--sbd", type=Path, help="folder with SBD's train.txt and val.txt")
     parser = commands.add(coco, "prepare MS COCO 2014", is_run=False)
     parser.add_argument("--root", type=Path, required=True, help="folder with train2014, val2014 and annotations")

@@ -5,36 +5,29 @@
 """
 import argparse
 import contextlib
+import functools
 import math
 from pathlib import Path
 
 PRESETS = ("voc", "coco", "toy", "small")
 
 
-def _number(kind, says, is_fit, high):
+def number(kind, low, high=math.inf, is_open=False):
+    """A type of flags: an int or float from `low`, or above it where that is open, to `high`, finite."""
+    says = f"{'whole ' if kind is int else ''}number {'above' if is_open else 'of at least'} {low}"
     says += f" and at most {high}" if high < math.inf else ""
 
     def read(text):
         with contextlib.suppress(ValueError, OverflowError):
-            if is_fit(value := kind(text)) and value <= high and value < math.inf:
+            value = kind(text)
+            if low <= value <= high and value < math.inf and not (is_open and value == low):
                 return value
         raise argparse.ArgumentTypeError(f"{text} is not a {says}")
     return read
 
 
-def whole(low, high=math.inf):
-    """An integer in [low, high]."""
-    return _number(int, f"whole number of at least {low}", lambda value: low <= value, high)
-
-
-def real(low, high=math.inf):
-    """A finite number in [low, high]."""
-    return _number(float, f"number of at least {low}", lambda value: low <= value, high)
-
-
-def above(low, high=math.inf):
-    """A finite number in (low, high]."""
-    return _number(float, f"number above {low}", lambda value: low < value, high)
+whole, real = functools.partial(number, int), functools.partial(number, float)
+above = functools.partial(number, float, is_open=True)
 
 
 def noise_factor(text):
@@ -133,6 +126,5 @@ def defaults(command, preset):
     """-> {setting: value} of "script command" """
     column, found = PRESETS.index(preset), {}
     for name, (values, *_) in settings_of(command).items():
-        of_preset = values[column] if column < len(values) else ...
-        found[name] = values[0] if of_preset is ... else of_preset
+        found[name] = values[0] if column >= len(values) or values[column] is ... else values[column]
     return found

@@ -10,6 +10,7 @@ Tables and figures are of the runs OUT/rows/ROW-seedN of `make results`. `pictur
 """
 import io
 import itertools
+import math
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -17,22 +18,20 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
 
 import bnr
 from wsss.cli import Commands
-from wsss.data import VOC_CLASSES, DataSet
-from wsss.evaluate import THRESHOLDS, read_results
-from wsss.images import overlay, palette, read_image
-from wsss.pictures import MAPS, PAGE, draw_strip, glow, heat, look, sheet, stages_of, table_row
-from wsss.pool import in_processes
-from wsss.presets import defaults, real, whole
+from wsss.data import VOC_CLASSES, DataSet, read_image
+from wsss.evaluate import THRESHOLDS, confusion, iou, read_results
+from wsss.masks import VOID, overlay, palette
+from wsss.pictures import FIGURE, MAPS, PAGE, glow, heat, look, sheet, stages_of, table_row
+from wsss.presets import defaults, whole
 from wsss.seeds import combine_scales, hard_threshold
 from wsss.stage import STAGES, FlagError, InputError, find_record, older_than, require_same, write
-from wsss.weights import read_trained, read_weights
 
 PROBABLE = 0.5  # from this probability on a class counts as found
 THRESHOLD = 0.4  # of the seeds, where none was scored
-POOL_FROM = 200  # photos: below that a pool of processes takes longer to start than to draw
 ROWS = {  # of Table 5: name, line in Figure 4
     "transcam": ("TransCAM (baseline)", "black"), "no-noise": ("without noise", "tab:red"),
     "noise-x1": ("noise × 1 (BNR)", "tab:blue"), "noise-x2": ("noise × 2", "tab:green")}
@@ -53,39 +52,29 @@ TABLE_2 = (  # the paper's IoU % of background and VOC's classes, then the mean:
     "91.6 85.0 36.1 89.7 58.9 67.9 86.1 82.8 86.8 30.6 81.0 60.5 82.6 81.3 79.7 79.4 56.9 85.5 59.3 71.2 41.1 71.1")
 
 
-# ---------------------------------------------------------------- one run
-
 def open_run(args, dataset):
     """-> folder of a run, kinds of its class maps, threshold of the seeds; InputError where other data made it"""
-    record = require_same(args.out, "cams", dataset, args.preset)
-    for name, (what, target) in STAGES.items():
+    record = require_same(args.out, "cams", args.preset, dataset)
+    for name, (what, _) in STAGES.items():
         if find_record(args.out, name) and (older := older_than(args.out, name)):
-            print(f"note: the {what} in {args.out}: older than the {STAGES[older][0]}: make {target}")
+            print(f"note: the {what} in {args.out}: {older}")
     kinds = [kind for kind in MAPS if kind == "refined" or record["settings"].get(kind)]
     return args.out, kinds, seed_threshold(args)
 
 
 def seed_threshold(args):
-    """The flag's, else the best of the run's scored seeds."""
+    """The best of the run's seeds, where `make eval` has scored them."""
     rows = (read_results(args.out) or {"rows": []})["rows"]
-    best = [row["best"] for row in rows if row["stage"] == "refined seeds" and "best" in row]
-    return args.threshold if args.threshold is not None else best[0] if best else THRESHOLD
+    return next((row["best"] for row in rows if row["stage"] == "refined seeds" and "best" in row), THRESHOLD)
 
 
 def chosen(args, dataset, split):
-    """Those of --ids that are in this list, else its first ones."""
-    ids, asked = dataset.ids(split), [dataset.find_id(name, "--ids") for name in args.ids or ()]
-    return [name for name in asked if name in ids] or ids[:args.first]
+    """--ids, else the first ones of a list."""
+    return [dataset.find_id(name, "--ids") for name in args.ids or ()] or dataset.ids(split)[:args.first]
 
 
-def photo_of(dataset, name, out, kinds=("refined",), threshold=THRESHOLD):
-    """A photo of a run as `stages_of` takes it."""
-    return name, dataset.image(name), dataset.mask(name), out, dataset.num_classes, kinds, threshold
-
-
-def save(path, image):
-    write(path, lambda file: image.save(file, format="PNG"))
-    print(path)
+def save(path, image, **how):
+    write(path, lambda file: image.save(file, **how or {"format": "PNG"}))
 
 
 def show(args):
@@ -95,19 +84,19 @@ def show(args):
     else:
         dataset = DataSet(args.data)
         run = open_run(args, dataset)
-        ids = [dataset.find_id(name, "--ids") for name in args.ids or ()]
-        ids = ids or chosen(args, dataset, "train" if dataset.list_file("train") else "train_aug")
-        rows = [list(stages_of(*photo_of(dataset, name, *run))[0].items()) for name in ids]
+        ids = chosen(args, dataset, "train" if dataset.list_file("train") else "train_aug")
+        rows = [list(stages_of(dataset, name, *run)[0].items()) for name in ids]
     save(args.out / "show.png", sheet(rows, args.height))
+    print(args.out / "show.png")
 
 
 def show_photos(args):
     """A row a photo: its attention map, CAMs and hard label of the classes found or asked for."""
-    model, network, names = read_classifier(args, args.out, args.weights)
+    model, network = bnr.load_classifier(args.out, args.device)
+    names, record = network["classes"], find_record(args.out, "cams")
     if unknown := [name for name in args.classes or () if name not in names]:
         raise FlagError(f"--classes {unknown[0]}: the classifier knows {' '.join(names)}")
-    record = None if args.weights else find_record(args.out, "cams")
-    scales = (record["settings"] if record else network)["scales"]
+    scales = record["settings"]["scales"] if record else defaults("bnr cams", args.preset)["scales"]
     threshold, rows = seed_threshold(args), []
     for path in args.photos:
         image = read_image(path)
@@ -125,16 +114,6 @@ def show_photos(args):
     return rows
 
 
-def read_classifier(args, out, path=None):
-    """OUT's classifier, or the one in a file. -> the network, {"crop", "scales", ...}, names of its K classes"""
-    state, known = read_weights(path) if path else read_trained(out, "classifier")
-    network = {**defaults("bnr cams", args.preset), **known}
-    names = network.get("classes") or DataSet(args.data).classes
-    return bnr.build_classifier(state, network, len(names), path or out / "classifier", args.device), network, names
-
-
-# ---------------------------------------------------------------- gallery
-
 def gallery(args):
     """Write a page of results and of every photo of val and train, the worst IoU first -> OUT/report/index.html"""
     dataset, folder, sections = DataSet(args.data), args.out / "report", []
@@ -142,16 +121,19 @@ def gallery(args):
     label_of_train = "pseudo label" if find_record(args.out, "pseudo_labels") else f"seed at {run[-1]:.2f}"
     train = "train" if dataset.list_file("train") else "train_aug"
     for split, title in (("val", "segmentation"), (train, label_of_train)):
-        ids = dataset.ids(split, required=False)
-        jobs = [(folder / split / f"{name}.jpg", args.height, title, *photo_of(dataset, name, *run)) for name in ids]
-        workers = args.workers if len(ids) >= POOL_FROM else 0
-        drawn = zip(ids, in_processes(draw_strip, jobs, workers, len(ids), f"gallery, {split}"))
-        drawn = sorted(drawn, key=lambda photo: 2 if photo[1][0] is None else photo[1][0])
-        sections.append(f"<h2>{split}: {len(ids)} photos, by the IoU of the {title}</h2>\n" if ids else "")
-        for name, (score, (width, height)) in drawn:
-            shown = escape(name) + (": not scored" if score is None else f": {100 * score:.1f} %")
-            sections.append(f'<figure><figcaption>{shown}</figcaption><img src="{split}/{quote(name)}.jpg" alt="" '
-                            f'width="{width}" height="{height}" loading="lazy"></figure>\n')
+        drawn = []
+        for name in tqdm(dataset.ids(split, required=False), desc=f"gallery, {split}"):
+            panels, labels = stages_of(dataset, name, *run)
+            strip, score = sheet([list(panels.items())], args.height), math.nan
+            save(folder / split / f"{name}.jpg", strip, format="JPEG", quality=80)
+            if labels["ground truth"] is not None and labels[title] is not None:
+                each = iou(confusion(labels["ground truth"], labels[title], VOID))
+                score = each[~np.isnan(each)].mean() if not np.isnan(each).all() else math.nan
+            shown = escape(name) + (": not scored" if math.isnan(score) else f": {100 * score:.1f} %")
+            drawn.append((2 if math.isnan(score) else score, FIGURE.substitute(
+                title=shown, source=f"{split}/{quote(name)}.jpg", width=strip.width, height=strip.height)))
+        sections.append(f"<h2>{split}: {len(drawn)} photos, by the IoU of the {title}</h2>\n" if drawn else "")
+        sections += [figure for _, figure in sorted(drawn, key=lambda pair: pair[0])]
     legend = [f'<span style="background: rgb{tuple(colour)}">{escape(name)}</span>'
               for name, colour in zip(dataset.classes, palette()[1:].tolist())]
     results = read_results(args.out) or {"rows": []}
@@ -162,18 +144,13 @@ def gallery(args):
     print(folder / "index.html")
 
 
-# ---------------------------------------------------------------- tables, of many runs
-
 def run_of(args, dataset, row, name):
-    """Folder of a run of Table 5, OUT itself where it is one; InputError naming the command that makes the stage."""
+    """Folder of a run of Table 5; InputError naming the command that makes the stage."""
     folder = args.out / "rows" / f"{row}-seed{args.random_seeds[0]}"
-    own = (find_record(args.out, "classifier") or {"settings": {}})["settings"]
-    is_row = own.get("loss") == ("transcam" if row == "transcam" else "bnr") and own.get("noise") == 1
-    for place in (folder, args.out) if is_row else (folder,):
-        if find_record(place, name):
-            require_same(place, name, dataset, args.preset)
-            return place
-    raise InputError(f'no {STAGES[name][0]} in {folder}: run "make results ROWS={row}"')
+    if not find_record(folder, name):
+        raise InputError(f'no {STAGES[name][0]} in {folder}: run "make results ROWS={row}"')
+    require_same(folder, name, args.preset, dataset)
+    return folder
 
 
 def read_runs(args):
@@ -184,11 +161,10 @@ def read_runs(args):
             continue
         runs[row, seed] = results
         for stage, settings in results["settings"].items():
-            for flag in sorted(settings.keys() - {"loss", "noise", "seed"}):
-                value = known.setdefault((stage, flag), settings[flag])
-                if value != settings[flag]:
-                    raise InputError(f"{stage} has {flag} {settings[flag]} in {row}-seed{seed}, {value} in other runs: "
-                                     "they are not one table")
+            for flag, value in settings.items():
+                if flag not in ("loss", "noise", "seed") and known.setdefault((stage, flag), value) != value:
+                    raise InputError(f"{stage} has {flag} {value} in {row}-seed{seed}, {known[stage, flag]} in other "
+                                     "runs: they are not one table")
     if not runs:
         raise InputError(f'no ROW-seedN/results.json in {args.out / "rows"}: run "make results"')
     return runs
@@ -218,17 +194,14 @@ def tables(args):
         text += markdown(title, ["", *(f"paper, {column}" for column in columns), ours[lines[0][2]]], [
             [method, *paper, mean_and_deviation([score["miou"] for score in scores_of(runs, row, stage)])]
             for method, row, stage, *paper in lines])
-    is_voc, lines = set(first["classes"][1:]) <= set(VOC_CLASSES), []
     paper = dict(zip(["background", *VOC_CLASSES, "mIoU"], zip(*(line.split() for line in TABLE_2))))
+    columns, lines = [f"{method}: paper, VOC {split}" for method in METHODS for split in ("val", "test")], []
     for n, label in enumerate([*first["classes"], "mIoU"]):
-        lines.append([label, *(paper[label] if is_voc else ())])
-        for row in METHODS.values():
-            each = [[*(100 * value for value in score["iou"]), score["miou"]][n]
-                    for score in scores_of(runs, row, "segmenter")]
-            lines[-1].append(mean_and_deviation(each, 1))
-    columns = [f"{method}: paper, VOC {split}" for method in METHODS for split in ("val", "test")] if is_voc else []
-    columns += [f"{method}: {ours['segmenter']}" for method in METHODS]
-    text += markdown("Table 2. Segmenter, IoU % of each class", ["class", *columns], lines)
+        each = [[[*(100 * value for value in score["iou"]), score["miou"]][n] for score in
+                 scores_of(runs, row, "segmenter")] for row in METHODS.values()]
+        lines.append([label, *paper.get(label, "----"), *(mean_and_deviation(values, 1) for values in each)])
+    text += markdown("Table 2. Segmenter, IoU % of each class",
+                     ["class", *columns, *(f"{method}: {ours['segmenter']}" for method in METHODS)], lines)
     devices = " and ".join(sorted({device for one in runs.values() for device in one["devices"]}))
     used = ", ".join(sorted({precision for one in runs.values() for precision in one["precision"].values()}))
     text.append(f"Ours: mean ± deviation (n - 1) over runs with other random seeds, on {devices}, in {used}.")
@@ -240,13 +213,10 @@ def tables(args):
 
 
 def markdown(title, head, rows):
-    """-> lines"""
-    lines = ["| " + " | ".join(str(cell).replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
-             for cells in (head, *rows)]
+    """-> lines of a table"""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
     return [f"**{title}**", "", lines[0], "|---" * len(head) + "|", *lines[1:], ""]
 
-
-# ---------------------------------------------------------------- figures
 
 def figures(args):
     """Draw Figures 1, 3, 4, 5 of the paper from the runs at hand -> OUT/figures/; what a figure lacks is named."""
@@ -255,7 +225,9 @@ def figures(args):
             (1, strips, "train", METHODS, "cams", MAPS["refined"]),
             (3, strips, "val", ["BNR"], "segmentation", "segmentation"), (4, curves), (5, attention_maps)):
         try:
-            save(args.out / "figures" / f"figure_{number}.png", draw(args, dataset, *how))
+            path = args.out / "figures" / f"figure_{number}.png"
+            save(path, draw(args, dataset, *how))
+            print(path)
             drawn += 1
         except InputError as error:
             print(f"figure_{number} is not drawn: {error}")
@@ -268,7 +240,7 @@ def strips(args, dataset, split, methods, stage, panel):
     folders = {method: run_of(args, dataset, METHODS[method], stage) for method in methods}
     rows = []
     for name in chosen(args, dataset, split):
-        panels = {method: stages_of(*photo_of(dataset, name, folder))[0] for method, folder in folders.items()}
+        panels = {method: stages_of(dataset, name, folder)[0] for method, folder in folders.items()}
         first = [(title, panels["BNR"][title]) for title in ("photo", "ground truth")]
         rows.append(first + [(method, panels[method][panel]) for method in methods])
     return sheet(rows, args.height)
@@ -283,11 +255,9 @@ def curves(args, dataset):
         raise InputError('matplotlib is missing: "make figures" installs it') from None
     figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
     axes = figure.subplots()
-    for row, (title, colour) in ROWS.items():
-        if not (scores := scores_of(runs, row, "refined seeds")):
-            print(f'figure_4 lacks {row}: run "make results ROWS={row}"')
-            continue
-        curve = np.mean([score["curve"] for score in scores], axis=0)
+    for row in dict.fromkeys(row for row, _ in runs):
+        title, colour = ROWS[row]
+        curve = np.mean([score["curve"] for score in scores_of(runs, row, "refined seeds")], axis=0)
         best = int(curve.argmax())
         axes.plot(THRESHOLDS, curve, color=colour, label=f"{title}: {curve[best]:.1f} at {THRESHOLDS[best]:.2f}")
         axes.plot(THRESHOLDS[best], curve[best], "o", color=colour)
@@ -302,7 +272,7 @@ def attention_maps(args, dataset):
     """Figure 5: image, and the attention maps of TransCAM and of BNR, the mean of each column of A*."""
     models, rows = {}, []
     for method, row in METHODS.items():
-        models[method] = read_classifier(args, run_of(args, dataset, row, "classifier"))[:2]
+        models[method] = bnr.load_classifier(run_of(args, dataset, row, "classifier"), args.device)
     for name in chosen(args, dataset, "train"):
         image = read_image(dataset.image(name))
         rows.append([("image", photo := pil_to_tensor(image))])
@@ -312,13 +282,10 @@ def attention_maps(args, dataset):
     return sheet(rows, args.height)
 
 
-# ---------------------------------------------------------------- command line
-
 def main():
     commands = Commands(__doc__, "report")
     one = commands.add(show, "draw the classifier on any photo, or all stages of a run")
     one.add_argument("photos", type=Path, nargs="*", metavar="PHOTO", help="any photos (default: photos of the run)")
-    one.add_argument("--weights", type=Path, help="a classifier (default: OUT/classifier/model.pth)")
     one.add_argument("--classes", nargs="+", metavar="NAME", help="classes to draw (default: of probability over 0.5)")
     page = commands.add(gallery, "write a page of results and of every photo", computes=False)
     draw = commands.add(figures, "draw the paper's figures from the runs at hand")
@@ -329,9 +296,6 @@ def main():
     for parser in (one, draw):
         parser.add_argument("--ids", nargs="+", help="photos of the data set (default: the first of the list)")
         parser.add_argument("--first", type=whole(1), default=4, help="only so many of the list")
-    for parser in (one, page):
-        parser.add_argument("--threshold", type=real(0, 1),
-                            help="of the seeds (default: the best that `make eval` found, else 0.4)")
     for parser in (draw, table):
         parser.add_argument("--random-seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="of the runs")
     commands.run()

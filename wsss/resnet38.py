@@ -9,16 +9,16 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from wsss.stage import FlagError, InputError
-from wsss.weights import fetch, load_weights, read_trained, read_weights, say_file
+from wsss.weights import fetch, load_weights, read_trained, read_weights
 
 RESNET38 = "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"  # its ImageNet weights
 FITS = {  # of each flag, how a message ends that tells which file fits
     "resnet38": f": {RESNET38}, or PSA's or SEAM's .pth, fits",
     "backbone_weights": ": torchvision's resnet50 on ImageNet fits"}
-MXNET_NAMES = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_var": "running_var"}
+MXNET_NAMES = {"gamma": "weight", "beta": "bias"}
 
 
 class ResBlock(nn.Module):
@@ -97,17 +97,14 @@ class ResNet38(nn.Module):
         return active["b5"], active["b6"], F.relu(self.bn7(x))
 
 
-class ResNetStages(nn.Module):
-    """torchvision's resnet50, dilated to stride 8; its layer2, 3, 4 stand in for conv4, conv5, conv6."""
+class ResNet50(ResNet):
+    """torchvision's, dilated to stride 8; its layer2, 3, 4 stand in for conv4, conv5, conv6."""
 
     FROZEN = ("conv1", "bn1", "layer1")
 
-    def __init__(self, name):
-        super().__init__()
-        full = getattr(torchvision.models, name)(weights=None, replace_stride_with_dilation=[False, True, True])
-        for part, module in full.named_children():
-            if part not in ("avgpool", "fc"):
-                self.add_module(part, module)
+    def __init__(self):
+        super().__init__(Bottleneck, [3, 4, 6, 3], replace_stride_with_dilation=[False, True, True])
+        del self.avgpool, self.fc
         self.channels = 512, 1024, 2048
 
     def forward(self, x):
@@ -119,23 +116,7 @@ class ResNetStages(nn.Module):
 
 def make_backbone(backbone, width=64, dropout=1.0):
     """The network of this name, without weights."""
-    return ResNet38(width, dropout) if backbone == "resnet38" else ResNetStages(backbone)
-
-
-def load_backbone(backbone, name, path):
-    """Load ImageNet weights of the network of this name: `path`, or those of torchvision where it is None."""
-    hint = FITS["resnet38" if name == "resnet38" else "backbone_weights"]
-    if name == "resnet38":
-        if not path:
-            raise InputError(
-                f"no weights: RESNET38=FILE (--resnet38) takes {RESNET38}, the ResNet-38 of "
-                "github.com/itijyou/ademxapp, or PSA's .pth of it; --backbone resnet50 uses torchvision's; "
-                "FROM_SCRATCH=1 (--from-scratch) starts without")
-        state = read_resnet38(path, hint)
-    else:
-        path = path or fetch(name)
-        state = {key: value for key, value in read_weights(path, hint)[0].items() if not key.startswith("fc.")}
-    load_weights(backbone, state, path, hint=hint)
+    return ResNet38(width, dropout) if backbone == "resnet38" else ResNet50()
 
 
 def read_resnet38(path, hint=""):
@@ -145,11 +126,10 @@ def read_resnet38(path, hint=""):
         return {k: v for k, v in read_weights(path, hint)[0].items() if k in known}
     out = {}
     for name, array in read_mxnet(path, hint).items():
-        known = re.fullmatch(r"(?:arg|aux):(.+?)_(weight|bias|gamma|beta|moving_mean|moving_var)", name)
-        layer, what = known.groups() if known else (name, "unknown")  # then loading names it
+        layer, _, what = re.sub("^(arg|aux):", "", name).replace("_moving_", "_running.").rpartition("_")
         if layer == "linear1000":
             continue
-        what = MXNET_NAMES.get(what, what)
+        what = MXNET_NAMES.get(what, what.replace(".", "_"))
         inner = re.fullmatch(r"(res|bn)(\d)([a-z]?)(\d*)_(branch.+)", layer)
         if inner:  # res4b2_branch2a -> b4_2.conv_branch2a
             part, level, letter, number, branch = inner.groups()
@@ -161,45 +141,32 @@ def read_resnet38(path, hint=""):
 
 def read_mxnet(path, hint=""):
     """Arrays of an MXNet .params file in any of its three on-disk forms, numpy only. -> name: float32 array"""
-    say_file(path, hint)
     raw, at = path.read_bytes(), 0
 
     def take(kind, *shape):
         nonlocal at
-        size = math.prod(shape) * np.dtype(kind).itemsize
-        if min(shape, default=0) < 0 or at + size > len(raw):
-            raise ValueError(f"at byte {at} it lacks {kind} of shape {shape}")
-        out = np.frombuffer(raw[at:at + size], kind).reshape(shape)
-        at += size
+        out = np.frombuffer(raw, kind, math.prod(shape), at).reshape(shape)  # ValueError where the file is shorter
+        at += out.nbytes
         return out
 
     def array():
-        magic = take("<u4")
-        if magic == 0xF993FAC9 and take("<i4") != 0:
-            raise ValueError("it holds a sparse array")
-        new = magic in (0xF993FAC8, 0xF993FAC9)
-        rank = int(take("<u4") if new else magic)
-        if not 1 <= rank <= 8:
-            raise ValueError(f"an array of rank {rank}")
-        shape = take("<i8" if new else "<u4", rank).tolist()
+        magic = int(take("<u4"))
+        if magic == 0xF993FAC9:
+            take("<i4")  # storage type
+        is_new = magic in (0xF993FAC8, 0xF993FAC9)
+        shape = take("<i8", int(take("<u4"))) if is_new else take("<u4", magic)
         *_, kind = take("<i4", 3).tolist()  # after the device's type and id
-        if kind not in (0, 1, 2):
-            raise ValueError(f"an array of type {kind}")
-        return take(("<f4", "<f8", "<f2")[kind], *shape).astype(np.float32)
+        return take(("<f4", "<f8", "<f2")[kind], *shape.tolist()).astype(np.float32)
 
     try:
         if take("<u8", 2).tolist() != [0x112, 0]:
             raise ValueError("no MXNet list")
         arrays = [array() for _ in range(take("<u8"))]
         names = [take("u1", int(take("<u8"))).tobytes().decode("latin1") for _ in range(take("<u8"))]
-        if len(names) != len(arrays):
-            raise ValueError(f"{len(arrays)} arrays, {len(names)} names")
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise InputError(f"{path} cannot be read as MXNet weights: {error}{hint}") from None
     return dict(zip(names, arrays))
 
-
-# ---------------------------------------------------------------- training
 
 def freeze_batch_norm(model, statistics=True):
     """Stop the training of every BatchNorm's scale and shift, and of its running statistics."""
@@ -218,13 +185,21 @@ def to_device(model, device):
 
 def start_network(make, args):
     """`make(backbone)` with the backbone and weights that the flags ask for. -> network, what rebuilds its backbone"""
-    path = args.resnet38 if args.backbone == "resnet38" else args.backbone_weights
+    flag = "resnet38" if args.backbone == "resnet38" else "backbone_weights"
+    path = getattr(args, flag)
     if args.from_scratch and path:
         raise FlagError(f"--from-scratch does not read {path}: add --no-from-scratch, or leave the file out")
+    if flag == "resnet38" and not (path or args.from_scratch):
+        raise InputError(
+            f"no weights: RESNET38=FILE (--resnet38) takes {RESNET38}, the ResNet-38 of github.com/itijyou/ademxapp, "
+            "or PSA's .pth of it; --backbone resnet50 uses torchvision's; FROM_SCRATCH=1 (--from-scratch) starts "
+            "without")
     network = {"backbone": args.backbone, "width": args.width}
     backbone = make_backbone(**network, dropout=args.dropout)
     if not args.from_scratch:
-        load_backbone(backbone, args.backbone, path)
+        state = read_resnet38(path, FITS[flag]) if flag == "resnet38" else (
+            read_weights(path, FITS[flag])[0] if path else fetch(args.backbone))
+        load_weights(backbone, state, path or args.backbone, heads=("fc.",), hint=FITS[flag])
     return to_device(make(backbone), args.device), network
 
 
@@ -237,18 +212,15 @@ def load_network(out, name, make, device):
 
 
 def make_psa_optimizer(model, new, lr, weight_decay, momentum, kind="sgd"):
-    """SGD with PSA's groups; or AdamW at one rate for short trainings from scratch, where SGD learns little (ours)."""
+    """SGD with PSA's groups: lr x1 pretrained weights, x2 their biases, x10 new weights, x20 new biases; no decay of
+    biases. Or AdamW at one rate for short trainings from scratch, where SGD learns little (ours).
+    """
     if kind == "adamw":
         return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
-    return torch.optim.SGD(parameter_groups(model, new, lr, weight_decay), lr, momentum)
-
-
-def parameter_groups(model, new, lr, weight_decay):
-    """PSA's groups: lr x1 pretrained weights, x2 their biases, x10 new weights, x20 new biases; no decay on biases."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor = (10 if name.startswith(new) else 1) * (2 if name.endswith("bias") else 1)
             groups.setdefault((factor, name.endswith("bias")), []).append(parameter)
-    return [{"params": parameters, "lr": lr * factor, "weight_decay": 0 if bias else weight_decay}
-            for (factor, bias), parameters in groups.items()]
+    return torch.optim.SGD([{"params": parameters, "lr": lr * factor, "weight_decay": 0 if is_bias else weight_decay}
+                            for (factor, is_bias), parameters in groups.items()], lr, momentum)

@@ -2,17 +2,11 @@
 
 bnr.py writes them; psa.py, evaluate.py and report.py read them.
 """
-import zipfile
-import zlib
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from wsss.stage import InputError, write
-
-UNREADABLE = (OSError, ValueError, LookupError, EOFError, RuntimeError, TypeError, MemoryError, SyntaxError,
-              zipfile.BadZipFile, zlib.error)  # of numpy, and of files that hold something else
 
 
 def normalise(cams, eps=1e-5):
@@ -78,7 +72,7 @@ def read_seeds(path, name="refined"):
         maps_needed = 1 if name == "eigen" else classes.size
         if classes.dtype.kind != "i" or classes.ndim != 1 or (classes < 1).any() or len(cams) != maps_needed:
             raise ValueError
-    except UNREADABLE:
+    except Exception:  # numpy raises many kinds
         raise InputError(f'{path} is damaged or lacks {name} seeds: delete it and run "make cams"') from None
     if not np.isfinite(cams).all():
         raise InputError(f'{path} has values that are not finite: delete it and run "make cams"')

@@ -39,11 +39,11 @@ def order_of(count, seed, epoch):
 class Batches:
     """The images of each training step: a new order each epoch, an incomplete last batch dropped.
 
-    All follows from the seed and the step's number. Under torchrun `load` gives a process its share.
+    All follows from the seed and the step's number. Under torchrun each process reads its share.
     """
 
-    def __init__(self, images, batch_size, seed, device, workers):
-        self.images, self.batch_size, self.seed, self.device, self.workers = images, batch_size, seed, device, workers
+    def __init__(self, images, batch_size, seed, workers):
+        self.images, self.batch_size, self.seed, self.workers = images, batch_size, seed, workers
         self.per_epoch = len(images) // batch_size
         if not self.per_epoch:
             raise InputError(f"{len(images)} training images are fewer than --batch-size {batch_size}")
@@ -55,48 +55,67 @@ class Batches:
         order = order_of(len(self.images), self.seed, epoch)
         return order[n * self.batch_size:(n + 1) * self.batch_size].tolist()
 
-    def names(self, step):
-        return [self.images.ids[index] for index in self.indices(step)]
-
-    def load(self, start, stop):
-        """The batches of these steps, one after the other: lists of tensors."""
+    def shares(self, start, stop):
+        """What the loader is to read for each of these steps: (index, random seed) of this process's images."""
         each = self.batch_size // WORLD
         own = slice(RANK * each, (RANK + 1) * each)
-        steps = ([(index, seed_of(1, self.seed, step, index)) for index in self.indices(step)[own]]
-                 for step in range(start, stop))
-        return loader(self.images, self.device, self.workers, batch_sampler=steps)
+        for step in range(start, stop):
+            yield [(index, seed_of(1, self.seed, step, index)) for index in self.indices(step)[own]]
 
 
-def train_step(model, optimizer, batch, loss_of, scaler, seed, amp=False, micro_batch=0):
+def train_step(model, optimizer, batch, loss_of, scaler, seed, mixed, micro_batch=0):
     """One step of the optimizer on a batch, `micro_batch` images at a time. -> the loss and its terms, by name
 
     batch: list of tensors on the device; loss_of(model, part, labels): the part's share of the batch's loss, and its
-    terms by name, where labels are those of the whole batch, of all processes; seed: of dropout
+    terms by name, where labels are those of the whole batch, of all processes; seed: of dropout; mixed: `autocast`
     """
-    device, labels = batch[0].device, _gather(batch[1])
+    labels = batch[1]
+    if dist.is_initialized():
+        shares = [torch.empty_like(labels) for _ in range(WORLD)]
+        dist.all_gather(shares, labels)
+        labels = torch.cat(shares)
     found, size = collections.Counter(), micro_batch or len(batch[0])
     optimizer.zero_grad(set_to_none=True)
     for start in range(0, len(batch[0]), size):
         torch.manual_seed(seed_of(*seed, RANK * len(batch[0]) + start))
-        with autocast(device, amp):
+        with mixed:
             loss, terms = loss_of(model, [x[start:start + size] for x in batch], labels)
         scaler.scale(loss).backward()
         for name, value in {"loss": loss, **terms}.items():
             found[name] += value.detach()
-    _sum_gradients(model)
+    if dist.is_initialized():  # each process has its share of the loss
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
     scaler.step(optimizer)
     scaler.update()
     return found
 
 
+@torch.inference_mode()
+def outputs(model, images, compute, batches, device, mixed):
+    """compute(model, batch) of all `images`, in their order, by as many as there are in a batch."""
+    model.eval()
+    found = []
+    for batch in loader(images, device, batches.workers, batch_size=batches.batch_size):
+        with mixed:
+            found.append(compute(model, batch.to(device)).cpu())
+    model.train()
+    return torch.cat(found)
+
+
 def fit(run, model, optimizer, batches, loss_of, steps, network, schedule=lambda done: 1.0, amp=False, micro_batch=0,
-        after_epoch=None):
+        validation=None):
     """Train for `steps` steps -> model.pth; a checkpoint every few minutes, from which the same command goes on.
 
     loss_of: as in `train_step`; schedule(share of steps done): factor on each group's learning rate; network: what
-    rebuilds the network from the file; after_epoch(): results for the record, by name, printed too.
+    rebuilds the network from the file; validation: (images, compute, score), after each epoch: score of the `outputs`
+    gives results for the record, by name, printed too.
     """
-    run.start()
+    if RANK == 0:
+        run.start()
     if dist.is_initialized():
         dist.barrier()  # the first process has emptied the folder where it begins
     checkpoint = run.folder / "checkpoint.pth"
@@ -113,21 +132,22 @@ def fit(run, model, optimizer, batches, loss_of, steps, network, schedule=lambda
         if RANK > 0:
             return
         if bad := next((name for name, value in model.named_parameters() if not value.isfinite().all()), None):
-            photos = " ".join(batches.names(step - 1)) if step else "none"
-            raise InputError(f"{bad} of {run.name} is not finite after step {step}, photos {photos}: {LOWER}")
+            raise InputError(f"{bad} of {run.name} is not finite after step {step}: {LOWER}")
         write(path, lambda file: torch.save(state, file), sync=True)
         run.save()
 
     model.train()
     block, saved_at, block_at = [], time.monotonic(), time.monotonic()
+    shares = batches.shares(step, steps)
+    loaded, mixed = loader(batches.images, device, batches.workers, batch_sampler=shares), autocast(device, amp)
     with bar(steps * batches.batch_size, run.name, step * batches.batch_size) as progress:
-        for batch in batches.load(step, steps):
+        for batch in loaded:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(step / steps)
             batch = [x.to(device, non_blocking=True) for x in batch]
             try:
                 seed = 2, batches.seed, step
-                block.append(train_step(model, optimizer, batch, loss_of, scaler, seed, amp, micro_batch))
+                block.append(train_step(model, optimizer, batch, loss_of, scaler, seed, mixed, micro_batch))
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
@@ -139,17 +159,17 @@ def fit(run, model, optimizer, batches, loss_of, steps, network, schedule=lambda
             due = time.monotonic() - saved_at > SAVE_SECONDS
             if not ends and len(block) < LOG_STEPS and (WORLD > 1 or not due):  # several must log at the same step
                 continue
-            line = {"step": step, "steps": steps, **_means(run, batches, block, step, steps, device),
+            line = {"step": step, "steps": steps, **_means(run, block, step, device),
                     "lr": optimizer.param_groups[0]["lr"],
                     "images_s": round(len(block) * batches.batch_size / max(time.monotonic() - block_at, 1e-9), 1),
                     "gb": round(peak_memory(), 2), "precision": precision(device, amp)}
             progress.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
-            if ends and after_epoch and RANK == 0:
-                results = after_epoch()
+            if ends and validation and RANK == 0:
+                images, compute, score = validation
+                results = score(outputs(model, images, compute, batches, device, mixed))
                 progress.write(f"step {step}: " + ", ".join(f"{name} {value}" for name, value in results.items()))
                 run.record.update(results)
                 line.update(results)
-                model.train()
             if RANK == 0:
                 with open(run.folder / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -179,27 +199,8 @@ def _resume(checkpoint, run, parts):
     return saved["step"]
 
 
-def _gather(labels):
-    """Those of the whole batch, of all processes."""
-    if not dist.is_initialized():
-        return labels
-    parts = [torch.empty_like(labels) for _ in range(WORLD)]
-    dist.all_gather(parts, labels)
-    return torch.cat(parts)
-
-
-def _sum_gradients(model):
-    """Over all processes: each has its share of the batch's loss."""
-    if dist.is_initialized():
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(part.view_as(gradient))
-
-
-def _means(run, batches, block, step, steps, device):
-    """The mean loss and terms of some steps, over all processes; InputError at one that is not finite."""
+def _means(run, block, step, device):
+    """The mean loss and terms of some steps, over all processes; InputError where one is not finite."""
     means = {}
     for name in block[0]:
         values = torch.stack([torch.as_tensor(found[name], dtype=torch.float32) for found in block]).cpu()
@@ -208,8 +209,7 @@ def _means(run, batches, block, step, steps, device):
             dist.all_reduce(values)
         bad = (~values.isfinite()).nonzero()
         if len(bad):
-            at = step - len(block) + int(bad[0])
-            where = f"at step {at + 1} of {steps}, photos {' '.join(batches.names(at))}"
-            raise InputError(f"the loss of {run.name} is {values[bad[0]].item()} {where}: {LOWER}")
+            at = step - len(block) + int(bad[0]) + 1
+            raise InputError(f"the loss of {run.name} is {values[bad[0]].item()} at step {at}: {LOWER}")
         means[name] = values.mean().item()
     return means

@@ -6,14 +6,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from wsss.stage import STAGES, InputError, digest, read_record
-
-
-def say_file(path, hint=""):
-    """Print the start of a weight file's sha256. hint: how a message ends that tells which file fits"""
-    if not path.is_file():
-        raise InputError(f"no weight file {path}{hint}")
-    print(f"{path}: sha256 {digest(path)}...")
+from wsss.stage import STAGES, InputError, read_record
 
 
 def read_weights(path, hint=""):
@@ -21,14 +14,17 @@ def read_weights(path, hint=""):
 
     Tensors may lie inside "model" or "state_dict", their names may begin with "module."
     """
-    say_file(Path(path), hint)
+    if not Path(path).is_file():
+        raise InputError(f"no weight file {path}{hint}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # torch raises many kinds for a foreign file, and advises to load it unsafely
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"holds more than tensors ({found[1]})" if found else "is damaged"
         raise InputError(f"{path} {what}, and is not read{hint}") from None
-    network = state.get("network", {}) if isinstance(state, dict) else {}
+    network = state.get("network") if isinstance(state, dict) else {}
     for key in ("model", "state_dict"):
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
@@ -74,13 +70,9 @@ def load_weights(model, state, path, heads=(), partial=False, hint=""):
 
 
 def fetch(name):
-    """torchvision's ImageNet weights of a network -> the file in torch's cache, downloaded where it is not there"""
-    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, path, hash_prefix=path.stem.rsplit("-", 1)[1])
-        except (OSError, RuntimeError) as error:  # no network, or not the file that its name promises
-            raise InputError(f"cannot fetch {url} ({error}): name a file instead of {name}") from None
-    return path
+    """torchvision's ImageNet weights of a network, from torch's cache or downloaded. -> tensors by name"""
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(check_hash=True)
+    except Exception as error:  # no network, or not the file that its name promises: torch raises many kinds
+        raise InputError(f"cannot fetch {weights.url} ({error}): name a file instead of {name}") from None

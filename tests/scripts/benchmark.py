@@ -32,12 +32,10 @@ import psa
 import segment
 from wsss import resnet38, seeds, training
 from wsss.crf import CRF_LABELS, crf_from_labels
-from wsss.data import DataSet, Images
-from wsss.images import read_image, square
-from wsss.pool import autocast, peak_memory
+from wsss.data import DataSet, Images, read_image, square
+from wsss.pool import autocast, loader, peak_memory
 from wsss.stage import read_record
 from wsss.toy import toy_picture
-from wsss.weights import read_trained
 
 LINE = "{:<11}{:<41}{:>12}{:>12}{:>9}{:>13} {:<8}{:>10}"
 FOREGROUND = 20  # classes of PASCAL VOC
@@ -191,10 +189,10 @@ def conformers(device):
     torch.manual_seed(0)
     model = conformer.Conformer("small", FOREGROUND).to(device)
     model.conv_cls_head.weight.data.abs_()  # or a random class map may be negative all over, and the seed 0
-    for _, block in model.blocks():
+    for block in (module for module in model.modules() if isinstance(module, conformer.Block)):
         conformer.init_attention(block, 60)  # or attention is uniform, and the seed the rounding errors of a constant
     published = copy.deepcopy(model)
-    for _, block in published.blocks():
+    for block in (module for module in published.modules() if isinstance(module, conformer.Block)):
         block.attn.__class__ = PlainAttention
     return published, model.to(memory_format=torch.channels_last)
 
@@ -308,7 +306,8 @@ def loader(args):
                 step()
 
         def loaded():
-            for photos in training.Batches(images, batch, 0, args.device, 8).load(0, count):
+            shares = training.Batches(images, batch, 0, 8).shares(0, count)
+            for photos in loader(images, args.device, 8, batch_sampler=shares):
                 step(photos.to(args.device, non_blocking=True))
 
         ready()
@@ -321,8 +320,7 @@ def bf16(args):
     """What mixed precision changes in the seeds of the run in --out: values scaled to [0, 1]."""
     record = read_record(args.out, "cams")
     dataset, scales = DataSet(record["data"]), record["settings"]["scales"]
-    state, network = read_trained(args.out, "classifier")
-    model = bnr.build_classifier(state, network, len(dataset.classes), args.out, args.device)
+    model, network = bnr.load_classifier(args.out, args.device)
     ids, gaps = dataset.ids("train")[:8 if args.quick else None], []
     for name, labels in zip(ids, dataset.labels(ids)):
         photo, own, found = read_image(dataset.image(name)), labels.nonzero()[:, 0], []
