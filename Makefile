@@ -2,12 +2,11 @@
 # A path that a shell would not hand on as it stands is refused.
 HASH    := \#
 special  = $(foreach sign,& ; $$ $(HASH) ' " ` ( ) < > | * ? \ !,$(findstring $(sign),$(value $1)))$(word 2,$(value $1))
-$(foreach name,DATA OUT INTO CONFORMER RESNET38 BACKBONE_WEIGHTS,$(if $(strip $(call special,$(name))),\
+$(foreach name,DATA OUT CONFORMER RESNET38 BACKBONE_WEIGHTS,$(if $(strip $(call special,$(name))),\
   $(error $(name) has a blank or a sign that a shell reads: take another name)))
 DATA ?= data/toy
 override DATA := $(patsubst ./%,%,$(DATA:%/=%))
 OUT     ?= out/$(notdir $(abspath $(DATA)))
-INTO    ?= $(OUT)/tables.md
 PRESET  ?= $(if $(filter data/toy,$(DATA)),toy,voc)
 SEED    ?= 0
 SEEDS   ?= 0 1 2
@@ -39,7 +38,7 @@ help:
 	@echo "make test                      the tests, on the CPU"
 	@echo "  train cams psa seg           classifier; seeds; pseudo labels; segmenter and its masks of val"
 	@echo "  eval show report             the table; one picture of IDS or the first four; a gallery of all photos"
-	@echo "  results                      all of it for each loss of ROWS and SEEDS, then the tables -> INTO"
+	@echo "  results                      all of it for each loss of ROWS and SEEDS, then the tables"
 	@echo "  tables figures               the paper's, of these runs"
 	@echo "  check coco                   what in DATA would break a stage; makes a folder of COCO a data set"
 	@echo "  bench clean                  plain forms against ours; deletes out/, data/toy and .venv"
@@ -76,7 +75,7 @@ show: $(ENV) $(TOY)
 report: $(ENV) $(TOY)
 	$(PYTHON) -m wsss.report gallery $(COMMON)
 tables: $(ENV) $(TOY)
-	$(PYTHON) -m wsss.report tables $(COMMON) --random-seeds $(SEEDS) --into $(INTO)
+	$(PYTHON) -m wsss.report tables $(COMMON) --random-seeds $(SEEDS)
 figures: $(ENV) $(TOY)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check matplotlib
 	$(PYTHON) -m wsss.report figures $(COMMON) --random-seeds $(SEEDS)

@@ -171,8 +171,7 @@ def train(args):
     if args.from_scratch and isinstance(args.pretrained, Path):
         raise FlagError(f"--from-scratch does not read {args.pretrained}: add --no-from-scratch, or leave the file out")
     if not (args.pretrained or args.from_scratch):
-        raise InputError(f"no weights: CONFORMER=FILE (--pretrained) takes a file of github.com/pengzhiliang/Conformer"
-                         f"{fits}; resnet50 fetches torchvision's; FROM_SCRATCH=1 (--from-scratch) starts without")
+        raise InputError(f"no weights: CONFORMER=FILE, resnet50 (--pretrained), FROM_SCRATCH=1 (--from-scratch){fits}")
     prepare, resize = augment(args.crop, args.long_side), square(args.crop)
     dataset = DataSet(args.data)
     ids, val = dataset.ids("train_aug"), dataset.ids("val", required=False)
@@ -199,10 +198,7 @@ def train(args):
 
 
 def load_classifier(out, device, weights=None, **told):
-    """OUT/classifier, or the TransCAM classifier in the file `weights`, of which `told` says "arch", "crop", "classes".
-
-    ->  the network, these three
-    """
+    """OUT/classifier, or TransCAM's in the file `weights`, `told` its "arch", "crop", "classes". -> network, these"""
     fits = TRANSCAM_FITS.format(told.get("arch"))
     state, network = read_weights(weights, fits) if weights else read_trained(out, "classifier")
     network = {**told, **network}
@@ -252,8 +248,7 @@ def cams(args):
         model, network = load_classifier(args.out, args.device, args.weights, arch=args.arch, crop=args.crop,
                                          classes=dataset.classes)
         if network["classes"] != dataset.classes:
-            raise InputError(f"the classes of {args.weights} are {' '.join(network['classes'])}, of {dataset.root} "
-                             f"{' '.join(dataset.classes)}")
+            raise InputError(f"{args.weights} is of other classes: {' '.join(network['classes'])}")
         resize = [square(side) for side in sides(network["crop"], args.scales)]
 
         def item(name, photo):

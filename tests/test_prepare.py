@@ -26,8 +26,6 @@ def files_in(root):
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-# ---------------------------------------------------------------- toy set
-
 def draw(root, *flags, status=0):
     return run("wsss.prepare", "toy", "--root", root, "--train", 4, "--val", 2, *flags, status=status)
 
@@ -69,8 +67,8 @@ def test_an_interrupted_toy_set_is_drawn_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, file, content, says", [
-    (("--seed", 1), None, None, "holds a drawing of --seed 0 --train 4 --val 2: take another --root"),
-    (("--train", 5), None, None, "holds a drawing of --seed 0 --train 4 --val 2"),
+    (("--seed", 1), None, None, "holds another drawing: take another --root"),
+    (("--train", 5), None, None, "holds another drawing"),
     ((), "toy.json", b"[1", "toy.json is damaged or not one of ours"), ((), "photo.jpg", b"x", "holds something else")])
 def test_a_toy_set_is_not_drawn_over_anything_else(tmp_path, flags, file, content, says):
     if file:
@@ -80,8 +78,6 @@ def test_a_toy_set_is_not_drawn_over_anything_else(tmp_path, flags, file, conten
     before = files_in(tmp_path)
     assert says in said_in_one_line(draw(tmp_path, *flags, status=1)) and files_in(tmp_path) == before
 
-
-# ---------------------------------------------------------------- PASCAL VOC 2012
 
 def make_devkit(tmp_path):
     devkit = tmp_path / "VOCdevkit/VOC2012"
@@ -121,10 +117,8 @@ def test_voc_lists_and_labels_come_from_devkit_and_sbd(tmp_path):
     (sbd / "train.txt").unlink()
     assert "lacks 1 of 2 lists of SBD, first train.txt: take them from benchmark_RELEASE" in prepare_voc(tmp_path)
     shutil.rmtree(devkit), (sbd / "train.txt").write_text("c\n")
-    assert "lacks VOCdevkit/VOC2012: unpack VOCtrainval_11-May-2012.tar there" in prepare_voc(tmp_path)
+    assert "is not a data set: it has neither JPEGImages nor" in prepare_voc(tmp_path)
 
-
-# ---------------------------------------------------------------- MS COCO 2014
 
 NEEDS_COCO = pytest.mark.skipif(find_spec("pycocotools") is None, reason="make coco installs pycocotools")
 BOX = {"size": [4, 6], "counts": [8, 2, 2, 2, 10]}  # rows 0 and 1 of columns 2 and 3
@@ -238,8 +232,6 @@ def test_coco_without_pycocotools_says_how_to_install_it(tmp_path, monkeypatch):
     assert 'run "make coco DATA=DIR"' in said_in_one_line(prepare_coco(make_coco(tmp_path)))
 
 
-# ---------------------------------------------------------------- check
-
 def problems_of(root):
     """What check names, each kind of problem in one line."""
     said = run("wsss.prepare", "check", "--data", root, status=1)
@@ -267,8 +259,8 @@ def test_check_names_masks_that_contradict_labels_and_photos_of_val_that_are_tra
         write_mask(tmp_path / f"SegmentationClass/{name}.png", np.full((30, 20), VOID))
     line = "none of {} masks shows a class: they hold 0 (background) and 255 (void) alone, where classes are 1 to 2"
     assert problems_of(tmp_path) == [
-        "1 of 1 photos in val stand in train_aug or train too, first b: scores of val would be of photos that were "
-        "trained on", f"train_aug: {line.format(2)}", f"val: {line.format(1)}"]
+        "1 of 1 photos in val stand in train_aug or train too, first b", f"train_aug: {line.format(2)}",
+        f"val: {line.format(1)}"]
 
 
 def test_check_looks_at_everything_before_it_fails(tmp_path):
@@ -288,7 +280,7 @@ def test_check_looks_at_everything_before_it_fails(tmp_path):
     (lists / "train.txt").write_text("a\nb\nc\n")
     assert any("lacks 1 of 3 masks of train, first c.png" in line for line in problems_of(tmp_path))
     (tmp_path / "labels.txt").write_text("a cat\nb cat\nc cow\nd cat\n")
-    assert 'the label "cow" of c is not one of its 2 classes' in problems_of(tmp_path)[0]
+    assert "the label 'cow' of c is not one of its classes" in problems_of(tmp_path)[0]
 
 
 def test_check_reads_a_folder_of_photos_with_labels(tmp_path):

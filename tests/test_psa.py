@@ -45,8 +45,6 @@ def test_affinity_label_is_void_where_thresholds_disagree():
     assert (label[:, :20] == 0).all() and (label[:, 20:40] == VOID).all() and (label[:, 40:] == 2).all()
 
 
-# ---------------------------------------------------------------- pairs and the walk
-
 @pytest.mark.parametrize("edge, radius", [(40, 5), (11, 5), (10, 4), (7, 3), (5, 2), (1, 2)])
 def test_radius_shrinks_on_small_maps(edge, radius):
     assert psa.radius_for(edge, 40) == psa.radius_for(40, edge) == radius
@@ -109,8 +107,6 @@ def test_walk_scores_pad_the_photo_and_keep_a_constant_background_in_mixed_preci
     assert scores.shape == (3, 6, 8)
     assert_close(none, torch.full((1, 12, 12), 0.42), atol=1e-4, rtol=0)
 
-
-# ---------------------------------------------------------------- the networks
 
 def test_affinitynet_freezes_the_first_layers_and_every_batch_norm():
     net = psa.AffinityNet(ResNet38(1)).train()

@@ -55,8 +55,6 @@ def test_each_function_of_the_readmes_table_has_a_case_below():
     assert len(TABLE) >= 5 and not lacking
 
 
-# ---------------------------------------------------------------- bnr.py, equations 1-9
-
 def test_cam_of_a_head_that_reads_one_channel_is_that_channel():
     features, weight = torch.randn(1, 4, 5, 5), torch.zeros(2, 4, 3, 3)
     weight[0, 3, 1, 1], weight[1, 0, 1, 1] = 1, -2
@@ -118,8 +116,6 @@ def test_bnr_loss_is_the_sum_of_both():
     assert bnr.bnr_loss(tensor(0.25), tensor(0.5)).item() == 0.75
 
 
-# ---------------------------------------------------------------- wsss/seeds.py
-
 def test_normalised_maps_span_zero_to_one():
     cams = tensor([[[2.0, 4.0], [3.0, 2.0]], [[0.0, 0.0], [0.0, 8.0]]])
     expected = tensor([[[0, 1.0], [0.5, 0]], [[0, 0], [0, 1]]])
@@ -140,8 +136,6 @@ def test_eigen_cam_of_features_of_one_pattern_is_that_pattern_with_the_sign_of_t
     features = sign * tensor([1.0, -2, 0.5])[:, None, None] * pattern
     assert_close(seeds.eigen_cam(features, 7 * pattern[None]), pattern / 5)  # of length 1
 
-
-# ---------------------------------------------------------------- psa.py
 
 def test_affinity_is_exp_of_the_mean_difference():
     start, end = tensor([[0.0, 1.0], [0.0, 5.0]]), tensor([[0.0, 3.0], [0.0, 1.0]])  # two channels, two pairs
@@ -179,8 +173,6 @@ def test_walk_keeps_a_constant_map_and_mixes_by_columns():
     assert_close(psa.random_walk(tensor([[1.0, 0.0]]), matrix, 2), tensor([[0.8 * 0.8 + 0.5 * 0.2, 0.65]]))
 
 
-# ---------------------------------------------------------------- wsss/crf.py
-
 def test_crf_of_one_pixel_by_hand():
     found = crf.dense_crf(np.zeros((1, 1, 3), np.uint8), np.array([0.6, 0.4], np.float32).reshape(2, 1, 1),
                           gauss=(3, 2), bilateral=(50, 5, 4), steps=1)
@@ -199,8 +191,6 @@ def test_crf_follows_the_photos_edge_and_removes_a_speck():
     assert (found.argmax(0) == sides).all()
     assert found.sum(0) == pytest.approx(np.ones((12, 12)), abs=1e-5)
 
-
-# ---------------------------------------------------------------- wsss/evaluate.py
 
 def test_confusion_counts_masks_in_rows_and_leaves_void_out():
     mask, prediction = np.array([[0, 0, 1], [2, 255, 1]], np.uint8), np.array([[0, 1, 1], [2, 2, 255]], np.uint8)

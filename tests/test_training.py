@@ -46,8 +46,6 @@ def train(out, micro_batch):
     return net.state_dict(), [json.loads(line)["loss"] for line in lines]
 
 
-# ---------------------------------------------------------------- the loop
-
 def test_micro_batches_have_the_gradient_of_the_batch(tmp_path):
     whole, losses = train(tmp_path / "0", 0)
     for micro_batch in (2, 4, 7):
@@ -76,8 +74,6 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch):
     with pytest.raises(FlagError, match="--batch-size 5 is not a multiple of 2 processes"):
         Batches(Rows(), 5, 0, 0)
 
-
-# ---------------------------------------------------------------- weight files
 
 @pytest.fixture(scope="module")
 def imagenet():
@@ -130,8 +126,6 @@ def test_psas_pth_of_resnet38_loads_without_its_heads(tmp_path):
     found = resnet38.read_resnet38(tmp_path / "res38.pth")
     assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
 
-
-# ---------------------------------------------------------------- torchvision's ResNet-50
 
 @pytest.fixture(scope="module")
 def resnet50():

@@ -104,11 +104,11 @@ class Commands:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except (MemoryError, RuntimeError) as error:
-            on_card = isinstance(error, torch.cuda.OutOfMemoryError)
-            if not on_card and isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            is_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+            if not is_memory and "DefaultCPUAllocator" not in str(error):
                 raise
-            sys.exit(f"error: the {'card' if on_card else 'machine'} has too little memory after {peak_memory():.1f} "
-                     "GB: try --micro-batch in training, a smaller --batch-size in cams, smaller photos or --scales")
+            sys.exit("error: too little memory: try --micro-batch in training, a smaller --batch-size in cams, smaller "
+                     "photos or --scales")
         except OSError as error:
             if error.errno not in DISK_ERRORS | DENIED:
                 raise
@@ -152,7 +152,6 @@ def _prepare(args):
 def run_stage(args, name, work, dataset, reads=(), ids=None, ending=".png", ignore=(), hints={}, is_part=False):
     """What every stage does around its work: is it done, may it begin, how did it go.
 
-    Its result depends on the settings of wsss/presets.py, weight files by their bytes, the precision and the data set.
     work(run), or work(run, todo) of a stage that makes one file a photo, of `ids`
     ignore: settings that do not change this result; hints: {flag: how a message ends that tells which file fits}
     """

@@ -31,16 +31,14 @@ VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningt
 class DataSet:
     """A folder in VOC layout, or one of photos with a labels.txt, whose lines then are train_aug and name the classes.
 
-    Class 0 is background; `classes` names the K foreground classes 1..K. An id is a photo's path below the folder, less
-    its ending.
+    Class 0 is background, `classes` names the K others. An id is a photo's path below the folder, less its ending.
     """
 
     def __init__(self, root):
         self.root = Path(root)
         voc, labels, names = self.root / "JPEGImages", self.root / "labels.txt", self.root / "classes.txt"
         if not (voc.is_dir() or labels.is_file()):
-            raise InputError(f"{self.root} is not a data set: it has neither JPEGImages nor, beside photos, a "
-                             'labels.txt (the toy set is drawn by "python -m wsss.prepare toy")')
+            raise InputError(f"{self.root} is not a data set: it has neither JPEGImages nor, beside photos, labels.txt")
         self.photos = voc if voc.is_dir() else self.root
         self._labels = {}
         if labels.is_file():
@@ -55,8 +53,7 @@ class DataSet:
             raise InputError(f"{self.root} names {len(self.classes)} classes: 1 to {VOID - 1} are needed, each once")
         for name in self.classes:
             if name.lower() in NO_CLASSES:
-                raise InputError(f"{names if names.is_file() else labels} names the class {name!r}: background is "
-                                 f"class 0 already and void is {VOID}, leave both out")
+                raise InputError(f"{self.root} names the class {name!r}: background is class 0 already, void is {VOID}")
             if leads_out(name):  # `export` names files so
                 raise InputError(f"{self.root} has the class {name!r}, which would lead out of a folder")
         self.num_classes = 1 + len(self.classes)
@@ -67,8 +64,7 @@ class DataSet:
         for text, rest, where in read_entries(path):
             classes = rest.split()
             if wrong := next((name for name in classes if "," in name or name.lower().endswith(PHOTOS)), None):
-                raise InputError(f"{where} names the class {wrong!r}: write ID CLASS CLASS, with blanks between, and a "
-                                 "tab behind an id that has a blank")
+                raise InputError(f"{where}: not a class: {wrong!r}: put blanks between, a tab behind an id of words")
             name = self.find_id(text, where)
             if set(self._labels.setdefault(name, classes)) != set(classes):
                 raise InputError(f"{where} names {name} a second time, with other classes")
@@ -84,12 +80,10 @@ class DataSet:
 
     def list_file(self, split):
         """The file of a list, or None; a folder of photos with a labels.txt has that for train_aug and train."""
-        files = [self.root / "ImageSets" / "Segmentation" / f"{split}.txt"]
-        if split == "train_aug":
-            files.append(files[0].with_name("trainaug.txt"))
-        if self.photos == self.root and split in ("train_aug", "train"):
-            files.append(self.root / "labels.txt")
-        return next((file for file in files if file.is_file()), None)
+        path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        if self.photos == self.root and split in ("train_aug", "train") and not path.is_file():
+            path = self.root / "labels.txt"
+        return path if path.is_file() else None
 
     def ids(self, split, required=True):
         """Ids of a list. Its lines are "ID" or "/JPEGImages/ID.jpg /.../ID.png"."""
@@ -154,8 +148,7 @@ class DataSet:
         for row, name in enumerate(ids):
             for label in self.names(name):
                 if label not in number:
-                    raise InputError(f'{self.root}: the label "{label}" of {name} is not one of its {len(number)} '
-                                     "classes")
+                    raise InputError(f"{self.root}: the label {label!r} of {name} is not one of its classes")
                 out[row, number[label]] = 1
         return out
 
@@ -166,12 +159,8 @@ class DataSet:
             try:  # the standard library's parser fetches nothing, and refuses entities that grow without end
                 objects = ElementTree.parse(path).findall("object")
             except (OSError, ElementTree.ParseError) as error:
-                where = f"not in {self.root}/labels.txt, and {path}: {error}"
-                raise InputError(f"no image labels of {name}: {where}") from None
-            labels = [found.findtext("name", "").strip() for found in objects]
-            if not all(labels):
-                raise InputError(f"{path} has an object without a name")
-            self._labels[name] = labels
+                raise InputError(f"no labels of {name}: not in {self.root}/labels.txt, and {path}: {error}") from None
+            self._labels[name] = [found.findtext("name", "").strip() for found in objects]
         return self._labels[name]
 
     def is_that_of(self, record):

@@ -97,8 +97,7 @@ def read_any_seeds(folder, name, class_names, kind):
             raise InputError(f"{folder / name}.npz has class {classes.max()}, but there are {len(class_names)}")
         return classes, maps
     if not (folder / name).is_dir():
-        raise InputError(f"no class maps of {name} in {folder}: neither {name}.npz nor {name}/CLASS.npy (docs/files.md "
-                         "says how other files are converted)")
+        raise InputError(f"no class maps of {name} in {folder}: neither {name}.npz nor {name}/CLASS.npy")
     paths = [folder / name / f"{label}.npy" for label in class_names]
     have = [n for n, path in enumerate(paths) if path.is_file()]
     if stray := sorted(path for path in (folder / name).glob("[!.]*.npy") if path not in paths):  # a class misspelt?
@@ -172,9 +171,8 @@ def stage_rows(scorer, out, records):
     def add(title, split, name, ending, score):
         ids, (what, target) = splits[split], STAGES[name]
         have = [one for one in ids if is_whole(out / name / f"{one}{ending}")] if name in records else []
-        row = {"stage": title, "split": split, "n": len(have) or len(ids)}
-        if name in records:
-            row.update(of=name, id=records[name]["id"])
+        row = {"stage": title, "of": name, "id": records.get(name, {}).get("id"), "split": split,
+               "n": len(have) or len(ids)}
         if not has_masks or not have:
             row["note"] = "no masks" if not has_masks else f"no {split}.txt" if not ids else f"not run: make {target}"
             return rows.append(row)
@@ -214,10 +212,9 @@ def read_results(out):
         return None
     results = read_json(path, ("data", "classes", "rows", "devices", "precision", "seconds", "settings"))
     for row in results["rows"]:
-        name = row.get("of")
-        if name is None or not (record := find_record(out, name)):
+        if not (record := find_record(out, name := row["of"])):
             continue
-        if record["id"] != row["id"]:
+        if record["id"] != row.get("id"):
             row["stale"] = f"scored before the {STAGES[name][0]} was made again: make eval"
         else:
             row.update(out_of_date(out, name, record))
@@ -280,8 +277,6 @@ def print_table(rows, classes, doubts):
             values = [row["iou"][n] for row in scored]
             cells = ["absent" if math.isnan(value) else f"{100 * value:.2f}" for value in values]
             print(f"{name:16}" + "".join(f"{cell:>17}" for cell in cells))
-        if any(math.isnan(value) for row in scored for value in row["iou"]):
-            print("absent: in neither masks nor predictions, so not part of the mean.")
         print()
 
 

@@ -73,9 +73,7 @@ def refuse_renumbered(path, values, colours):
     is_voc = all(colour in index for colour in used.values()) and any(len(set(colour)) > 1 for colour in used.values())
     for n, colour in used.items():
         if is_voc and n != index[colour] > 0:  # black fills unused places
-            raise InputError(f"{path} was renumbered: index {n} has the colour of index {index[colour]} in PASCAL "
-                             "VOC's palette: save it without changing its palette, or as RGB, which is read by its "
-                             "colours")
+            raise InputError(f"{path}: index {n} has VOC's colour of {index[colour]}: keep its palette, or save as RGB")
 
 
 def write_mask(path, mask):
@@ -126,6 +124,6 @@ def contradictions(dataset, names, presence):
             lines.append(f"{name}: labelled in {count[n]} photos, {where}")
     without = labels.any(1) & ~both.any(1)
     if without.sum() > labels.any(1).sum() / 2:
-        lines.append(f"{without.sum()} of {labels.any(1).sum()} masks show none of their photo's labels, first "
-                     f"{names[int(without.argmax())]}")
+        first = names[int(without.argmax())]
+        lines.append(f"{without.sum()} of {labels.any(1).sum()} masks show none of their photo's labels, first {first}")
     return lines

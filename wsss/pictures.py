@@ -2,7 +2,6 @@
 
     python -m wsss.report show|gallery|figures    -> OUT/show.png, OUT/report/, OUT/figures/
 """
-from html import escape
 from pathlib import Path
 from string import Template
 
@@ -12,7 +11,6 @@ from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_imag
 
 import bnr
 from wsss.data import read_image, square
-from wsss.evaluate import outcome
 from wsss.masks import overlay, palette, read_mask
 from wsss.seeds import hard_threshold, read_seeds
 from wsss.stage import STAGES, InputError
@@ -115,18 +113,11 @@ FIGURE = Template("""<figure><figcaption>$title</figcaption>
 """)
 
 
-def table_row(row):
-    """A row of results.json as HTML."""
-    cells = row["stage"], row["split"], row["n"], row.get("threshold", "-"), outcome(row)
-    return f"<tr{' class=stale' * ('stale' in row)}>" + "".join(f"<td>{escape(str(cell))}" for cell in cells) + "\n"
-
-
 @torch.inference_mode()
 def look(model, image, crop, scales, device, amp):
-    """A PIL photo through the classifier: M and M* at some scales of the crop, the rest at the crop's size.
+    """A PIL photo through the classifier: M and M* at some scales of the crop; attention is the mean of A*'s columns.
 
     ->  {"probability": (K,), "plain" and "refined": list of (K, h, w), one a scale, "attention": (h, w)}
-    The attention map is the mean of each column of A*: what all places together take from that one.
     """
     photos = [square(side)(image)[None].to(device) for side in bnr.sides(crop, scales)]
     maps = bnr.multi_scale(model, photos, None, ("plain", "refined"), device, amp)

@@ -103,15 +103,11 @@ def for_each_photo(run, path_of, names, item, compute, write, device, workers, b
     keep = {} if batch_size else {"collate_fn": tuple}  # arrays stay arrays
     items = loader(Images(path_of, names, item), device, workers, batch_size=batch_size, **keep)
     jobs = (job for found in items for job in compute(*found))
-    for _ in in_processes(write, jobs, workers, len(names), run.what if run else "photos"):
-        pass
+    collections.deque(in_processes(write, jobs, workers, len(names), run.what if run else "photos"), maxlen=0)
 
 
 def in_processes(work, jobs, workers, total, what, pool_from=2):
-    """Yield work(*job) of each job, in order, from a pool of processes; `jobs` may be a generator that computes.
-
-    pool_from: how many jobs are worth the seconds that a pool takes to start
-    """
+    """Yield work(*job) of each job, in order, from processes where there are as many jobs as are worth their start."""
     with bar(total, what) as progress:
         results = _pooled(work, jobs, workers) if workers and total >= pool_from else (work(*job) for job in jobs)
         for result in results:

@@ -36,9 +36,8 @@ def toy(args):
     root, part = args.root, args.root.with_name(f".{args.root.name}{TEMPORARY}")
     settings = {"seed": args.seed, "train": args.train, "val": args.val, "classes": list(TOY_CLASSES)}
     if (root / "toy.json").is_file():
-        if (record := read_json(root / "toy.json")) != settings:
-            flags = " ".join(f"--{flag} {record.get(flag)}" for flag in ("seed", "train", "val"))
-            raise InputError(f"{root} holds a drawing of {flags}: take another --root, or remove it")
+        if read_json(root / "toy.json") != settings:
+            raise InputError(f"{root} holds another drawing: take another --root, or remove it")
         return print(f"{root} is drawn already")
     if root.exists() and any(root.iterdir()):
         raise InputError(f"{root} holds something else: not drawing over it")
@@ -76,10 +75,8 @@ def voc(args):
     sbd = args.sbd or args.root / "benchmark_RELEASE" / "dataset"
     require([sbd / "train.txt", sbd / "val.txt"], "lists of SBD", ": take them from benchmark_RELEASE/dataset of its "
             "archive, --sbd DIR names their folder")
-    roots = args.root, args.root / "VOCdevkit" / "VOC2012"
-    root = next((root for root in roots if (root / "JPEGImages").is_dir()), None)
-    if root is None:
-        raise InputError(f"{args.root} lacks VOCdevkit/VOC2012: unpack VOCtrainval_11-May-2012.tar there")
+    root = args.root / "VOCdevkit" / "VOC2012"  # as VOCtrainval_11-May-2012.tar unpacks
+    root = root if root.is_dir() else args.root
     dataset, more = DataSet(root), set()
     for path in (sbd / "train.txt", sbd / "val.txt"):
         more.update(photo_id(text, where) for text, _, where in read_entries(path))
@@ -94,11 +91,7 @@ def voc(args):
 
 
 def decode(segmentation, height, width):
-    """An instance of COCO as a mask. -> bool (H, W)
-
-    segmentation: polygons, each x0, y0, x1, y1, ... in pixels; or {"size": [H, W], "counts": lengths of the runs of 0
-    and 1 down the columns, as a list or packed into a string}.
-    """
+    """An instance of COCO, polygons or run lengths, as a mask. -> bool (H, W)"""
     from pycocotools import mask as coco_mask
 
     if isinstance(segmentation, list):
@@ -138,21 +131,6 @@ def read_instances(path):
         raise InputError(f"cannot read {path}: {type(error).__name__} {error}") from None
 
 
-def prepare_split(root, split, workers):
-    """Write those masks of a split that are not there yet. -> names of the classes, {photo id: its labels}"""
-    classes, photos = read_instances(root / "annotations" / f"instances_{split}.json")
-    require([root / split / file for file, *_ in photos.values()], "photos")
-    labels, jobs = {}, []
-    for file, height, width, instances in photos.values():
-        name = f"{split}/{photo_id(file)}"
-        labels[name] = [classes[category] for category in sorted({category for _, category, _ in instances})]
-        if not is_whole(path := root / "SegmentationClass" / f"{name}.png"):
-            jobs.append((path, height, width, [(value, shape) for value, _, shape in instances]))
-    for _ in in_processes(write_coco_mask, jobs, workers, len(jobs), f"{split} masks"):
-        pass
-    return list(classes.values()), labels
-
-
 def coco(args):
     """Make a folder with COCO's train2014, val2014 and annotations a data set: links, masks, labels and lists.
 
@@ -161,9 +139,8 @@ def coco(args):
     try:
         import pycocotools  # noqa: F401
     except ImportError:
-        raise InputError('no masks of COCO without pycocotools: run "make coco DATA=DIR" or "pip install '
-                         'pycocotools"') from None
-    root, lists, labels = args.root, {}, {}
+        raise InputError('pycocotools is missing: run "make coco DATA=DIR", which installs it') from None
+    root, lists, labels = args.root, {}, []
     needed = [*COCO_SPLITS.values(), *(f"annotations/instances_{split}.json" for split in COCO_SPLITS.values())]
     if missing := [name for name in needed if not (root / name).exists()]:
         raise InputError(f"{root} lacks {', '.join(missing)} of COCO 2014: put them there")
@@ -172,12 +149,19 @@ def coco(args):
         link.parent.mkdir(exist_ok=True)
         if not link.exists():
             link.symlink_to(f"../{split}")
-        classes, known = prepare_split(root, split, args.workers)
-        lists[name] = list(known)
-        labels.update(known)
+        classes, photos = read_instances(root / "annotations" / f"instances_{split}.json")
+        require([root / split / file for file, *_ in photos.values()], "photos")
+        lists[name], jobs = [], []
+        for file, height, width, instances in photos.values():
+            lists[name].append(f"{split}/{photo_id(file)}")
+            own = sorted({category for _, category, _ in instances})
+            labels.append(" ".join([lists[name][-1], *(classes[category] for category in own)]))
+            if not is_whole(path := root / "SegmentationClass" / f"{lists[name][-1]}.png"):
+                jobs.append((path, height, width, [(value, shape) for value, _, shape in instances]))
+        list(in_processes(write_coco_mask, jobs, args.workers, len(jobs), f"{split} masks"))
     lists["train"] = lists["train_aug"]
-    write_lines(root / "classes.txt", classes)
-    write_lines(root / "labels.txt", [" ".join([name, *known]) for name, known in labels.items()])
+    write_lines(root / "classes.txt", classes.values())
+    write_lines(root / "labels.txt", labels)
     for name, ids in lists.items():
         write_lines(root / "ImageSets/Segmentation" / f"{name}.txt", ids)
     check_sizes(root, lists, COCO_SIZES, "COCO 2014")
@@ -228,8 +212,7 @@ def check(args):
             collect(problems, require, masks, f"masks of {split}")
     val = splits.get("val", [])
     if seen := collect(problems, dataset.trained_on, val):
-        problems.append(f"{len(seen)} of {len(val)} photos in val stand in train_aug or train too, first {seen[0]}: "
-                        "scores of val would be of photos that were trained on")
+        problems.append(f"{len(seen)} of {len(val)} photos in val stand in train_aug or train too, first {seen[0]}")
     names = sorted(set().union(*splits.values()))
     files = [(dataset.image(name), dataset.mask(name)) for name in names]
     jobs = [(files[at:at + CHUNK], dataset.num_classes) for at in range(0, len(files), CHUNK)]

@@ -4,7 +4,7 @@
     python -m wsss.report show             all stages of some photos of the run                      -> OUT/show.png
     python -m wsss.report gallery          table of results, all stages of every photo        -> OUT/report/index.html
     python -m wsss.report figures          Figures 1, 3, 4, 5 of the paper from runs at hand         -> OUT/figures/
-    python -m wsss.report tables           Tables 1-5, ours beside the paper's; --into FILE writes them there
+    python -m wsss.report tables           Tables 1-5, ours beside the paper's                       -> OUT/tables.md
 
 Tables and figures are of the runs OUT/rows/ROW-seedN of `make results`. `pictures.py` draws.
 """
@@ -23,12 +23,12 @@ from tqdm import tqdm
 import bnr
 from wsss.cli import Commands
 from wsss.data import VOC_CLASSES, DataSet, read_image
-from wsss.evaluate import THRESHOLDS, confusion, iou, read_results
+from wsss.evaluate import THRESHOLDS, confusion, iou, outcome, read_results
 from wsss.masks import VOID, overlay, palette
-from wsss.pictures import FIGURE, MAPS, PAGE, glow, heat, look, sheet, stages_of, table_row
+from wsss.pictures import FIGURE, MAPS, PAGE, glow, heat, look, sheet, stages_of
 from wsss.presets import defaults, whole
 from wsss.seeds import combine_scales, hard_threshold
-from wsss.stage import STAGES, FlagError, InputError, find_record, older_than, require_same, write
+from wsss.stage import STAGES, FlagError, InputError, find_record, older_than, require_same, write, write_lines
 
 PROBABLE = 0.5  # from this probability on a class counts as found
 THRESHOLD = 0.4  # of the seeds, where none was scored
@@ -136,10 +136,13 @@ def gallery(args):
         sections += [figure for _, figure in sorted(drawn, key=lambda pair: pair[0])]
     legend = [f'<span style="background: rgb{tuple(colour)}">{escape(name)}</span>'
               for name, colour in zip(dataset.classes, palette()[1:].tolist())]
-    results = read_results(args.out) or {"rows": []}
+    rows = []
+    for row in (read_results(args.out) or {"rows": []})["rows"]:
+        cells = row["stage"], row["split"], row["n"], row.get("threshold", "-"), outcome(row)
+        rows.append(f"<tr{' class=stale' * ('stale' in row)}>" + "".join(f"<td>{escape(str(cell))}" for cell in cells))
     page = PAGE.substitute(
         name=escape(f"{dataset.root.resolve().name}: {args.out}"), legend="\n".join(legend),
-        sections="".join(sections), rows="".join(map(table_row, results["rows"])) or "<tr><td>not scored: make eval")
+        sections="".join(sections), rows="\n".join(rows) or "<tr><td>not scored: make eval")
     write(folder / "index.html", lambda file: file.write(page.encode(errors="replace")))
     print(folder / "index.html")
 
@@ -163,8 +166,8 @@ def read_runs(args):
         for stage, settings in results["settings"].items():
             for flag, value in settings.items():
                 if flag not in ("loss", "noise", "seed") and known.setdefault((stage, flag), value) != value:
-                    raise InputError(f"{stage} has {flag} {value} in {row}-seed{seed}, {known[stage, flag]} in other "
-                                     "runs: they are not one table")
+                    runs_have = f"{value} in {row}-seed{seed}, {known[stage, flag]} in other runs"
+                    raise InputError(f"{stage} has {flag} {runs_have}: they are not one table")
     if not runs:
         raise InputError(f'no ROW-seedN/results.json in {args.out / "rows"}: run "make results"')
     return runs
@@ -185,7 +188,7 @@ def mean_and_deviation(values, digits=2):
 
 
 def tables(args):
-    """Print Tables 1-5 as Markdown, with mean and deviation over the runs at hand; --into writes them into a file."""
+    """Print Tables 1-5 as Markdown, with mean and deviation over the runs at hand -> OUT/tables.md"""
     runs = read_runs(args)
     first = next(iter(runs.values()))
     ours = {row["stage"]: f"ours, {first['data']} {row['split']}, N = {row['n']}" for row in first["rows"]}
@@ -208,8 +211,7 @@ def tables(args):
     text += [f"Note: {row}-seed{seed}, {entry['stage']}: {entry[key]}." for (row, seed), one in runs.items()
              for entry in one["rows"] for key in ("missing", "stale") if key in entry]
     print("\n".join(text))
-    if args.into:
-        write(args.into, lambda file: file.write("".join(f"{line}\n" for line in text).encode()))
+    write_lines(args.out / "tables.md", text)
 
 
 def markdown(title, head, rows):
@@ -225,8 +227,7 @@ def figures(args):
             (1, strips, "train", METHODS, "cams", MAPS["refined"]),
             (3, strips, "val", ["BNR"], "segmentation", "segmentation"), (4, curves), (5, attention_maps)):
         try:
-            path = args.out / "figures" / f"figure_{number}.png"
-            save(path, draw(args, dataset, *how))
+            save(path := args.out / "figures" / f"figure_{number}.png", draw(args, dataset, *how))
             print(path)
             drawn += 1
         except InputError as error:
@@ -290,7 +291,6 @@ def main():
     page = commands.add(gallery, "write a page of results and of every photo", computes=False)
     draw = commands.add(figures, "draw the paper's figures from the runs at hand")
     table = commands.add(tables, "print Tables 1-5, ours beside the paper's", computes=False)
-    table.add_argument("--into", type=Path, metavar="FILE", help="write them into it")
     for parser in (one, page, draw):
         parser.add_argument("--height", type=whole(16, 4096), default=120, help="of a panel, pixels")
     for parser in (one, draw):

@@ -190,10 +190,7 @@ def start_network(make, args):
     if args.from_scratch and path:
         raise FlagError(f"--from-scratch does not read {path}: add --no-from-scratch, or leave the file out")
     if flag == "resnet38" and not (path or args.from_scratch):
-        raise InputError(
-            f"no weights: RESNET38=FILE (--resnet38) takes {RESNET38}, the ResNet-38 of github.com/itijyou/ademxapp, "
-            "or PSA's .pth of it; --backbone resnet50 uses torchvision's; FROM_SCRATCH=1 (--from-scratch) starts "
-            "without")
+        raise InputError(f"no weights: RESNET38=FILE, BACKBONE=resnet50 or FROM_SCRATCH=1{FITS[flag]}")
     network = {"backbone": args.backbone, "width": args.width}
     backbone = make_backbone(**network, dropout=args.dropout)
     if not args.from_scratch:

@@ -70,12 +70,11 @@ def read_seeds(path, name="refined"):
             maps = [torch.from_numpy(file[f"{name}_{n}"]) for n in range(len(file.files)) if f"{name}_{n}" in file]
             classes, cams = file["classes"], combine_scales(maps, tuple(file["size"].tolist())).numpy()
         maps_needed = 1 if name == "eigen" else classes.size
-        if classes.dtype.kind != "i" or classes.ndim != 1 or (classes < 1).any() or len(cams) != maps_needed:
+        is_sound = classes.dtype.kind == "i" and classes.ndim == 1 and (classes > 0).all() and np.isfinite(cams).all()
+        if not is_sound or len(cams) != maps_needed:
             raise ValueError
     except Exception:  # numpy raises many kinds
         raise InputError(f'{path} is damaged or lacks {name} seeds: delete it and run "make cams"') from None
-    if not np.isfinite(cams).all():
-        raise InputError(f'{path} has values that are not finite: delete it and run "make cams"')
     if name == "eigen" and len(classes):
         winner = read_seeds(path, "plain")[1].argmax(0)
         cams = np.stack([np.where(winner == k, cams[0], 0) for k in range(len(classes))])

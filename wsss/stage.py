@@ -26,6 +26,7 @@ TEMPORARY = ".wsss"  # ending of a file that is being written
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST}
 OF_SYSTEMS = (".DS_Store", "Thumbs.db", "._")  # beginnings of names that file browsers leave behind
 DENIED = {errno.EACCES, errno.EPERM}
+ANOTHER = "take another OUT= (--out)"
 PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -65,16 +66,13 @@ def disk_remedy(error):
 
 def require(paths, what, remedy=""):
     """Raise InputError unless all files exist."""
-    paths = list(map(Path, paths))
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
+    if missing := [path for path in map(Path, paths) if not path.is_file()]:
         count = f"{len(missing)} of {len(paths)} {what}"
         raise InputError(f"{missing[0].parent} lacks {count}, first {missing[0].name}{remedy}")
 
 
 def write_lines(path, lines):
-    text = "".join(f"{line}\n" for line in lines)
-    write(path, lambda file: file.write(text.encode()), sync=True)
+    write(path, lambda file: file.writelines(f"{line}\n".encode() for line in lines), sync=True)
 
 
 def write_json(path, value):
@@ -128,7 +126,7 @@ def find_record(out, name):
     if (path := out / name / RECORD).is_file():
         return read_json(path, ("id", "done", "seconds", "data", "preset", "settings", "inputs"))
     if (out / f"{name}.json").is_file():
-        raise InputError(f"{out} was made by an older version ({name}.json): take another OUT= (--out)")
+        raise InputError(f"{out} was made by an older version ({name}.json): {ANOTHER}")
 
 
 def read_record(out, name):
@@ -145,11 +143,9 @@ def require_same(out, name, preset, dataset=None):
     """The record of a complete stage; InputError where another preset, or other lists, labels or classes made it."""
     record = read_record(out, name)
     if record["preset"] != preset:
-        raise InputError(f"{out / name} was made with preset {record['preset']}: add --preset {record['preset']} "
-                         f"(PRESET={record['preset']}), or take another OUT= (--out)")
+        raise InputError(f"{out / name} was made with another preset: add --preset {record['preset']}, or {ANOTHER}")
     if dataset and not dataset.is_that_of(record):
-        raise InputError(f"{out / name} was made from other lists, labels or classes than {dataset.root} has now: "
-                         "take another OUT= (--out), or make it again with FRESH=1 (--fresh)")
+        raise InputError(f"{out / name} was made from other lists, labels or classes: {ANOTHER} or FRESH=1 (--fresh)")
     return record
 
 
@@ -192,7 +188,7 @@ class Stage:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"another process is at work in {self.part}: wait for it, or take another OUT=") from None
+            raise InputError(f"another process is at work in {self.part}: wait for it, or {ANOTHER}") from None
         self._settle()
         settings = json.loads(json.dumps(settings, default=str))  # as it comes back from the file
         self.record = {"id": uuid.uuid4().hex, "done": False, "seconds": 0, "data": str(dataset.root.resolve()),
@@ -219,8 +215,7 @@ class Stage:
             return
         for folder, record in found:
             if changed := self._changes(record):
-                raise InputError(f"{folder} was made with other settings: {changed}: take another OUT= (--out), or "
-                                 "make it again with FRESH=1 (--fresh)")
+                raise InputError(f"{folder} was made with other settings: {changed}: {ANOTHER} or FRESH=1 (--fresh)")
             stale = [STAGES[source][0] for source, new in self.record["inputs"].items()
                      if record["inputs"].get(source) != new]
             if stale:
@@ -240,8 +235,7 @@ class Stage:
         if self.fresh and is_part and find_record(self.out, self.name):
             there = {path.relative_to(self.done).with_suffix("").as_posix() for path in self.done.rglob(f"*{ending}")}
             if lost := there - set(names):
-                raise InputError(f"--fresh with --first, --ids or --split would lose {len(lost)} other files of "
-                                 f"{self.done}: leave them out, or take another OUT= (--out)")
+                raise InputError(f"--fresh would lose {len(lost)} files of {self.done}: drop --first, --ids, --split")
         if not (self.complete or self.resumed):
             return list(names)
         seen = self.record.get("seen", {})
@@ -291,12 +285,12 @@ class Stage:
 def _refuse_foreign(folder):
     """InputError where a folder of a stage's name could not be replaced, or is somebody else's."""
     if folder.is_symlink() or os.path.ismount(folder):
-        raise InputError(f"{folder} is a link or a mount, which cannot be replaced: remove it, or take another OUT=")
+        raise InputError(f"{folder} is a link or a mount, which cannot be replaced: remove it, or {ANOTHER}")
     if not folder.exists():
         return
     others = not folder.is_dir() or [name for name in os.listdir(folder)
                                      if not name.endswith(TEMPORARY) and not name.startswith(OF_SYSTEMS)]
     if others and not (folder / RECORD).is_file():
-        raise InputError(f"{folder} is not a result of ours, it has no {RECORD}: move it away, or take another OUT=")
+        raise InputError(f"{folder} is not a result of ours, it has no {RECORD}: move it away, or {ANOTHER}")
     if not os.access(folder, os.W_OK | os.X_OK) or not os.access(folder.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{folder} cannot be replaced: allow writing there, or take another OUT=")
+        raise InputError(f"{folder} cannot be replaced: allow writing there, or {ANOTHER}")

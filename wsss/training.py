@@ -1,11 +1,9 @@
 """The training loop of all three networks: its batches, checkpoints, several GPUs.
 
 A step's random numbers follow from its own number, so a run that was stopped and goes on equals one that never was, bit
-for bit on the CPU. Under torchrun each process takes its share of the batch and gradients are summed: the loss is that
-of one process. The first process writes the stage's folder.
+for bit on the CPU. Under torchrun each process takes its share of the batch and gradients are summed; the first writes.
 """
 import collections
-import functools
 import json
 import time
 
@@ -31,11 +29,6 @@ def falling_rate(done):
     return (1 - done) ** 0.9
 
 
-@functools.lru_cache(2)
-def order_of(count, seed, epoch):
-    return np.random.default_rng(seed_of(0, seed, epoch)).permutation(count)
-
-
 class Batches:
     """The images of each training step: a new order each epoch, an incomplete last batch dropped.
 
@@ -52,7 +45,7 @@ class Batches:
 
     def indices(self, step):
         epoch, n = divmod(step, self.per_epoch)
-        order = order_of(len(self.images), self.seed, epoch)
+        order = np.random.default_rng(seed_of(0, self.seed, epoch)).permutation(len(self.images))
         return order[n * self.batch_size:(n + 1) * self.batch_size].tolist()
 
     def shares(self, start, stop):
@@ -151,8 +144,8 @@ def fit(run, model, optimizer, batches, loss_of, steps, network, schedule=lambda
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
-                raise InputError(f"BatchNorm of {run.name} sees one value a channel: take a larger --crop or "
-                                 "--batch-size, or a --micro-batch that leaves no photo alone") from None
+                says = "BatchNorm sees one value a channel: take a larger --crop, or no photo alone in a batch or part"
+                raise InputError(says) from None
             step += 1
             progress.update(batches.batch_size)
             ends = step == steps or step % batches.per_epoch == 0

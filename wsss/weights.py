@@ -56,10 +56,9 @@ def load_weights(model, state, path, heads=(), partial=False, hint=""):
     lacking = [k for k in fresh if not k.startswith(tuple(heads))]
     if wrong or not known or (lacking and not partial):
         example = (wrong or lacking or fresh)[0]
-        shapes = [tuple(d[example].shape) if example in d else "absent" for d in (state, own)]
+        theirs, ours = (tuple(d[example].shape) if example in d else "absent" for d in (state, own))
         counts = f"{len(wrong)} tensors too many or of another shape, {len(lacking)} missing"
-        raise InputError(f"{path} does not fit: {counts}, first {example} "
-                         f"(file {shapes[0]}, network {shapes[1]}){hint}")
+        raise InputError(f"{path} does not fit: {counts}, first {example} (file {theirs}, network {ours}){hint}")
     if bad := next((k for k, v in known.items() if not v.float().isfinite().all()), None):
         raise InputError(f"{path}: {bad} has values that are not finite{hint}")
     model.load_state_dict({**own, **{k: v.float() for k, v in known.items()}})
