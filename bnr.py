@@ -6,7 +6,7 @@
 
 --loss transcam is the baseline (TransCAM), --loss bnr the paper's; --noise 1, 2, none are the columns of Table 5.
 """
-import wsss  # noqa: F401, must come first: names a package that is not installed
+import wsss  # noqa: F401, first, so that a package that is missing is named
 from functools import partial
 from pathlib import Path
 
@@ -199,7 +199,7 @@ def train(args):
 
 def load_classifier(out, device, weights=None, **told):
     """OUT/classifier, or TransCAM's in the file `weights`, `told` its "arch", "crop", "classes". -> network, these"""
-    fits = TRANSCAM_FITS.format(told.get("arch"))
+    fits = TRANSCAM_FITS.format(told["arch"]) if weights else ""
     state, network = read_weights(weights, fits) if weights else read_trained(out, "classifier")
     network = {**told, **network}
     model = Conformer(network["arch"], len(network["classes"]))
@@ -217,7 +217,7 @@ def sides(crop, scales):
 
 @torch.inference_mode()
 def multi_scale(model, images, labels, names, device, amp):
-    """M*, M, Eigen-CAM (`names`: refined, plain, eigen) of a batch at several scales, mirror images added (Sec. 4.2).
+    """M*, M, Eigen-CAM (`names`: refined, plain, eigen) of a batch at several scales (Sec. 4.2), mirror images added.
 
     images: list of (B, 3, s, s), labels: (B, K)  ->  {name: list of (B, K or 1, s/16, s/16)}
     """
@@ -282,6 +282,7 @@ def export(args):
         for c, cam in zip(*read_seeds(path)):
             to = args.to / path.relative_to(folder).with_suffix("") / f"{dataset.classes[c - 1]}.npy"
             write(to, lambda file, cam=cam: np.save(file, cam))
+    print(args.to)
 
 
 def main():

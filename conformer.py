@@ -139,6 +139,14 @@ class ConvTransBlock(nn.Module):
         return x, tokens, qk
 
 
+def _init(module):
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
 class Conformer(nn.Module):
     """The two-branch network with TransCAM's heads for `num_classes` = K foreground classes.
 
@@ -185,14 +193,6 @@ class Conformer(nn.Module):
             x, tokens, qk = self.get_submodule(f"conv_trans_{stage}")(x, tokens)
             qks.append(qk)
         return x, self.trans_norm(tokens[:, 0]), qks
-
-
-def _init(module):
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def init_attention(block, sharpness):
@@ -256,7 +256,9 @@ def start_classifier(arch, num_labels, pretrained=None, sharpness=60.0):
     pretrained: Conformer's or torchvision's ResNet-50's file, or "resnet50", which fetches that
     """
     model = Conformer(arch, num_labels)
-    fresh = list(model.state_dict())
+    for module in model.modules():
+        if sharpness and isinstance(module, Block):
+            init_attention(module, sharpness)
     if pretrained:
         hint = file_that_fits(arch)
         state = fetch(RESNET50) if pretrained == RESNET50 else read_weights(pretrained, hint)[0]
@@ -265,7 +267,4 @@ def start_classifier(arch, num_labels, pretrained=None, sharpness=60.0):
         fresh = load_weights(model, state, pretrained, HEADS, partial=is_resnet50, hint=hint)
         if is_resnet50:
             init_identity(model, fresh)
-    for name, module in model.named_modules():
-        if sharpness and isinstance(module, Block) and f"{name}.attn.qkv.weight" in fresh:
-            init_attention(module, sharpness)
     return model

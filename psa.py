@@ -4,7 +4,7 @@
     python psa.py train    OUT/affinity_labels                            -> OUT/affinitynet/model.pth
     python psa.py walk     OUT/affinitynet/model.pth, OUT/cams            -> OUT/pseudo_labels/ID.png
 """
-import wsss  # noqa: F401, must come first: names a package that is not installed
+import wsss  # noqa: F401, first, so that a package that is missing is named
 import warnings
 from functools import partial
 
@@ -41,7 +41,7 @@ def affinity(start, end):
 
 
 def pair_kinds(start, end):
-    """Which pairs are background, of one foreground class, and unlike; pairs with a void place (255) are none of it.
+    """Which pairs are background, of one foreground class, and unlike; pairs with a void place (255) are of no kind.
 
     start, end: labels of the two places, any shapes that broadcast  ->  three bool of that shape
     """

@@ -5,7 +5,7 @@
     python segment.py submit    OUT/segmenter/model.pth    -> OUT/results.tar.gz, VOC's test list for its server
     python segment.py predict PHOTO_OR_FOLDER ...          -> OUT/predictions/ID.png and ID_overlay.png, of any photos
 """
-import wsss  # noqa: F401, must come first: names a package that is not installed
+import wsss  # noqa: F401, first, so that a package that is missing is named
 import tarfile
 from pathlib import Path
 
@@ -179,20 +179,6 @@ def segment(args, path_of, names, folder, run=None):
     for_each_photo(run, path_of, names, item, compute, write_segmentation, args.device, args.workers)
 
 
-def predict(args):
-    """Segment the photos of a list -> OUT/segmentation/ID.png; or given photos and folders -> OUT/predictions/"""
-    if args.paths:
-        return predict_paths(args)
-    dataset = DataSet(args.data)
-    ids = [dataset.find_id(name, "--ids") for name in args.ids or ()]
-    if not ids:
-        or_others = args.split in (None, "train")  # where val or train is missing, train_aug
-        ids = dataset.ids(args.split or "val", required=not or_others) or dataset.ids("train_aug")
-        ids = ids[:args.first]
-    require([dataset.image(name) for name in ids], "photos")
-    segment_list(args, dataset, "segmentation", ids, is_part=bool(args.ids or args.first or args.split))
-
-
 def segment_list(args, dataset, name, ids, is_part=False):
     def work(run, todo):
         segment(args, dataset.image, todo, run.folder, run)
@@ -206,9 +192,23 @@ def predict_paths(args):
     photos = photos_in(args.paths, leave_out=folder if is_out else args.out)
     require_same(args.out, "segmenter", args.preset)
     if there := [name for name in photos if (folder / f"{name}.png").exists()]:
-        print(f"note: {len(there)} masks in {folder} are written over, first {there[0]}.png")
+        print(f"note: {len(there)} masks in {folder} will be overwritten, first {there[0]}.png")
     segment(args, photos.get, list(photos), folder)
     print(f"{len(photos)} photos -> {folder}")
+
+
+def predict(args):
+    """Segment the photos of a list -> OUT/segmentation/ID.png; or given photos and folders -> OUT/predictions/"""
+    if args.paths:
+        return predict_paths(args)
+    dataset = DataSet(args.data)
+    ids = [dataset.find_id(name, "--ids") for name in args.ids or ()]
+    if not ids:
+        or_others = args.split in (None, "train")  # where val or train is missing, train_aug
+        ids = dataset.ids(args.split or "val", required=not or_others) or dataset.ids("train_aug")
+        ids = ids[:args.first]
+    require([dataset.image(name) for name in ids], "photos")
+    segment_list(args, dataset, "segmentation", ids, is_part=bool(args.ids or args.first or args.split))
 
 
 def submit(args):

@@ -209,7 +209,7 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
     "AffinityNet missing": (without("pseudo_labels", gone("out/affinitynet/model.pth")), stage("pseudo_labels"),
                             'no weight file out/affinitynet/model.pth: run "make psa"'),
     **{f"another {name}": (without(reader, swap(f"out/{other}/model.pth", f"out/{name}/model.pth")), stage(reader),
-                           f"{name}/model.pth is not what the record beside it tells of: delete it")
+                           f"{name}/model.pth does not belong to the record beside it: delete it")
        for name, other, reader in (("classifier", "segmenter", "cams"), ("affinitynet", "segmenter", "pseudo_labels"),
                                    ("segmenter", "classifier", "segmentation"))},
     # places to write to, sizes, devices

@@ -98,7 +98,7 @@ def test_a_folder_around_out_is_searched_for_photos_alone(here):
     command = (*PREDICT, "mine", "--data", "data", "--out", "mine/out", *SMALL, "--no-crf")
     first, second = run(*command), run(*command)
     assert "note" not in first and "1 photos ->" in first and "1 photos ->" in second
-    assert "note: 1 masks in mine/out/predictions are written over, first a.png" in second
+    assert "note: 1 masks in mine/out/predictions will be overwritten, first a.png" in second
 
 
 def test_without_a_list_val_or_train_the_photos_of_train_aug_are_segmented(here):

@@ -33,8 +33,9 @@ def report(command, *flags, status=0):
 
 def results_of(seeds, pseudo=None, segmenter=None, iou=0.7, classes=("background", "cow"), **settings):
     """An OUT/results.json as `make eval` writes it: mIoU of three stages, None where one was not run."""
-    results = {"data": "toy", "classes": list(classes), "rows": [], "devices": ["a card"], "seconds": {}, "settings": {
-        "classifier": {"epochs": 2, "loss": "bnr", "noise": 1.0, "seed": 0, **settings}}, "precision": {"cams": "bf16"}}
+    settings = {"epochs": 2, "loss": "bnr", "noise": 1.0, "seed": 0, **settings}
+    results = {"data": "toy", "classes": list(classes), "rows": [], "doubts": [], "devices": ["a card"], "seconds": {},
+               "settings": {"classifier": settings}, "precision": {"cams": "bf16"}}
     for stage, split, n, value in (("refined seeds", "train", 24, seeds), ("pseudo labels", "train", 24, pseudo),
                                    ("segmenter", "val", 8, segmenter)):
         scores = {"miou": value, "iou": [iou, float("nan")]} if value is not None else {"note": "not run: make psa"}

@@ -22,7 +22,6 @@ from wsss.presets import LIST, PRESETS, RANGE, SETTINGS, SWITCH, defaults, setti
 from wsss.stage import DENIED, DISK_ERRORS, FlagError, InputError, Stage, digest, disk_remedy
 
 TOY = Path("data/toy")
-WAIT = timedelta(hours=2)  # of the other processes while the first one scores
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -39,6 +38,38 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
+
+
+def _data_and_preset():
+    """What is typed of --data and --preset, before the help shows the defaults that follow from them."""
+    where = Parser(add_help=False)
+    for flag in ("--data", "--out", "--preset"):
+        where.add_argument(flag, nargs="?")  # where a value is missing the whole parser says so
+    typed, _ = where.parse_known_args()
+    data = Path(typed.data or TOY)
+    preset = "toy" if data.resolve() == TOY.resolve() else "voc"
+    return data, typed.preset if typed.preset in PRESETS else preset
+
+
+def _prepare(args):
+    """Device, precision and random numbers of a command."""
+    is_default = args.out.resolve() == (Path("out") / args.data.resolve().name).resolve()
+    if not (is_default or any(word.split("=")[0] == "--data" for word in sys.argv)):
+        raise FlagError("--out without --data would read the toy set: add --data")
+    if WORLD > 1 and args.function.__name__ != "train":
+        raise FlagError(f"{args.name} runs in one process: torchrun is for the trainings")
+    for setting, (_, kind, _) in settings_of(args.name).items():
+        if isinstance(kind, tuple) and kind[0] == RANGE and np.diff(getattr(args, setting)) < 0:
+            raise FlagError(f"argument --{setting.replace('_', '-')}: the first number is more than the second")
+    args.device = pick_device(args.device, args.computes)
+    if WORLD > 1:
+        how = "nccl" if args.device.type == "cuda" else "gloo"
+        dist.init_process_group(how, timeout=timedelta(hours=2))  # while the first process scores
+    args.amp = args.computes and (args.device.type == "cuda" if args.amp is None else args.amp)
+    args.precision, args.machine = precision(args.device, args.amp), device_name(args.device)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
 
 
 class Commands:
@@ -99,7 +130,7 @@ class Commands:
         except InputError as error:  # from a loader's worker the message comes with a traceback in front
             sys.exit(f"error: {re.sub('^.*InputError: ', '', str(error).strip().splitlines()[-1])}")
         except BrokenProcessPool:
-            sys.exit("error: a worker process died, for want of memory perhaps: try fewer --workers")
+            sys.exit("error: a worker process died, perhaps out of memory: try fewer --workers")
         except BrokenPipeError:  # `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
@@ -116,37 +147,6 @@ class Commands:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-
-def _data_and_preset():
-    """What is typed of --data and --preset, before the help shows the defaults that follow from them."""
-    where = Parser(add_help=False)
-    for flag in ("--data", "--out", "--preset"):
-        where.add_argument(flag, nargs="?")  # where a value is missing the whole parser says so
-    typed, _ = where.parse_known_args()
-    data = Path(typed.data or TOY)
-    preset = "toy" if data.resolve() == TOY.resolve() else "voc"
-    return data, typed.preset if typed.preset in PRESETS else preset
-
-
-def _prepare(args):
-    """Device, precision and random numbers of a command."""
-    is_default = args.out.resolve() == (Path("out") / args.data.resolve().name).resolve()
-    if not (is_default or any(word.split("=")[0] == "--data" for word in sys.argv)):
-        raise FlagError("--out without --data would read the toy set: add --data")
-    if WORLD > 1 and args.function.__name__ != "train":
-        raise FlagError(f"{args.name} runs in one process: torchrun is for the trainings")
-    for setting, (_, kind, _) in settings_of(args.name).items():
-        if isinstance(kind, tuple) and kind[0] == RANGE and np.diff(getattr(args, setting)) < 0:
-            raise FlagError(f"argument --{setting.replace('_', '-')}: the first number is more than the second")
-    args.device = pick_device(args.device, args.computes)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=WAIT)
-    args.amp = args.computes and (args.device.type == "cuda" if args.amp is None else args.amp)
-    args.precision, args.machine = precision(args.device, args.amp), device_name(args.device)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
 
 
 def run_stage(args, name, work, dataset, reads=(), ids=None, ending=".png", ignore=(), hints={}, is_part=False):

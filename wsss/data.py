@@ -28,6 +28,60 @@ VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningt
                "pottedplant sheep sofa train tvmonitor").split()
 
 
+def leads_out(name):
+    """Whether a file of this name would lie outside the folder that it is written into."""
+    return name.startswith("/") or "\0" in name or ".." in Path(name).parts
+
+
+def photo_id(text, source="the list"):
+    """ "/JPEGImages/ID.jpg", "ID.jpg" or "ID"  ->  "ID"; InputError where a file of that name would lie elsewhere. """
+    name = text.split("JPEGImages/")[-1].lstrip("/") if "JPEGImages/" in text else text
+    ending = Path(name).suffix
+    name = name.removesuffix(ending) if ending.lower() in PHOTOS else name
+    if not name or leads_out(name):
+        raise InputError(f"{source} has the id {text!r}, which would lead out of the folder")
+    return name
+
+
+def read_entries(path):
+    """Its lines, each an id, which ends at a tab or else the first blank, the rest, and what errors call the line."""
+    entries = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        text, _, rest = line.strip(" ").partition("\t" if "\t" in line else " ")
+        if text or rest.strip():
+            entries.append((text.strip(), rest.strip(), f"{path}, line {number} ({line.strip(' ')!r})"))
+    return entries
+
+
+def find_photos(folder, leave_out=None):
+    """Paths of all photos below a folder, in order; links are followed, once. leave_out: a folder not looked into"""
+    found, visited = [], {os.path.realpath(leave_out)} if leave_out else set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in visited:
+            folders.clear()  # a link back
+            continue
+        visited.add(real)
+        paths = (Path(place, name) for name in names if name.lower().endswith(PHOTOS) and not name.startswith("."))
+        found += [path for path in paths if path.is_file()]  # neither fifos nor devices
+    return sorted(found)
+
+
+def photos_in(paths, leave_out):
+    """Of photos, and of folders but for one -> {id: path}; InputError where two have one id."""
+    found = {}
+    for start in paths:
+        if not (start.is_dir() or start.is_file()):
+            raise InputError(f"no photo and no folder {start}")
+        for path in find_photos(start, leave_out) if start.is_dir() else [start]:
+            name = photo_id(path.relative_to(start).as_posix() if start.is_dir() else path.name, start)
+            if found.setdefault(name, path) != path:
+                raise InputError(f"two photos have the id {name}: {found[name]} and {path}")
+    if not found:
+        raise InputError(f"no photos in {', '.join(map(str, paths))}: of {' '.join(PHOTOS)}")
+    return found
+
+
 class DataSet:
     """A folder in VOC layout, or one of photos with a labels.txt, whose lines then are train_aug and name the classes.
 
@@ -64,7 +118,7 @@ class DataSet:
         for text, rest, where in read_entries(path):
             classes = rest.split()
             if wrong := next((name for name in classes if "," in name or name.lower().endswith(PHOTOS)), None):
-                raise InputError(f"{where}: not a class: {wrong!r}: put blanks between, a tab behind an id of words")
+                raise InputError(f"{where}: not a class: {wrong!r}: put blanks between, a tab after an id with one")
             name = self.find_id(text, where)
             if set(self._labels.setdefault(name, classes)) != set(classes):
                 raise InputError(f"{where} names {name} a second time, with other classes")
@@ -170,63 +224,22 @@ class DataSet:
 
     @functools.cache
     def digest_of(self, split):
-        """Of classes, a list and its labels: what a stage depends on, wherever the folder lies."""
-        known = [(name, sorted(set(self.names(name)))) for name in self.ids(split, required=False)]
+        """Of classes, a list (with train_aug also train) and its labels: what a stage depends on."""
+        ids = [self.ids(one, required=False) for one in ((split, "train") if split == "train_aug" else (split,))]
+        known = [[(name, sorted(set(self.names(name)))) for name in names] for names in ids]
         return hashlib.sha256(repr((self.classes, known)).encode()).hexdigest()[:16]
 
 
-def leads_out(name):
-    """Whether a file of this name would lie outside the folder that it is written into."""
-    return name.startswith("/") or "\0" in name or ".." in Path(name).parts
-
-
-def photo_id(text, source="the list"):
-    """ "/JPEGImages/ID.jpg", "ID.jpg" or "ID"  ->  "ID"; InputError where a file of that name would lie elsewhere. """
-    name = text.split("JPEGImages/")[-1].lstrip("/") if "JPEGImages/" in text else text
-    ending = Path(name).suffix
-    name = name.removesuffix(ending) if ending.lower() in PHOTOS else name
-    if not name or leads_out(name):
-        raise InputError(f"{source} has the id {text!r}, which would lead out of the folder")
-    return name
-
-
-def read_entries(path):
-    """Its lines, each an id, which ends at a tab or else the first blank, the rest, and what errors call the line."""
-    entries = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        text, _, rest = line.strip(" ").partition("\t" if "\t" in line else " ")
-        if text or rest.strip():
-            entries.append((text.strip(), rest.strip(), f"{path}, line {number} ({line.strip(' ')!r})"))
-    return entries
-
-
-def find_photos(folder, leave_out=None):
-    """Paths of all photos below a folder, in order; links are followed, once. leave_out: a folder not looked into"""
-    found, seen = [], {os.path.realpath(leave_out)} if leave_out else set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()  # a link back
-            continue
-        seen.add(real)
-        paths = (Path(place, name) for name in names if name.lower().endswith(PHOTOS) and not name.startswith("."))
-        found += [path for path in paths if path.is_file()]  # neither fifos nor devices
-    return sorted(found)
-
-
-def photos_in(paths, leave_out):
-    """Of photos, and of folders but for one -> {id: path}; InputError where two have one id."""
-    found = {}
-    for start in paths:
-        if not (start.is_dir() or start.is_file()):
-            raise InputError(f"no photo and no folder {start}")
-        for path in find_photos(start, leave_out) if start.is_dir() else [start]:
-            name = photo_id(path.relative_to(start).as_posix() if start.is_dir() else path.name, start)
-            if found.setdefault(name, path) != path:
-                raise InputError(f"two photos have the id {name}: {found[name]} and {path}")
-    if not found:
-        raise InputError(f"no photos in {', '.join(map(str, paths))}: of {' '.join(PHOTOS)}")
-    return found
+def read_image(path):
+    """An image file of any mode -> PIL RGB, turned as its EXIF entry says."""
+    require([path], "photos")
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut, not scale
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds
+        raise InputError(f"cannot read {path}: {error}") from None
 
 
 class Images(torch.utils.data.Dataset):
@@ -244,18 +257,6 @@ class Images(torch.utils.data.Dataset):
             torch.manual_seed(seed)
         name = self.ids[index]
         return self.item(name, read_image(self.path(name)))
-
-
-def read_image(path):
-    """An image file of any mode -> PIL RGB, turned as its EXIF entry says."""
-    require([path], "photos")
-    try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut, not scale
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds
-        raise InputError(f"cannot read {path}: {error}") from None
 
 
 def random_long_side(image, low, high):

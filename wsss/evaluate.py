@@ -17,7 +17,6 @@ from wsss.seeds import read_seeds
 from wsss.stage import STAGES, InputError, find_record, is_whole, older_than, read_json, require, write_json
 
 THRESHOLDS = np.arange(60, dtype=np.float32) / 100  # of the seeds: 0.00 ... 0.59 (TransCAM)
-POOL_FROM = 1000  # photos
 
 
 def confusion(mask, prediction, num_classes):
@@ -25,8 +24,8 @@ def confusion(mask, prediction, num_classes):
 
     mask, prediction: uint8 (H, W)  ->  int64 (S, S), S = num_classes, rows the mask's, columns the prediction's
     """
-    seen = (mask != 255) & (prediction != 255)
-    pairs = mask[seen].astype(np.int64) * num_classes + prediction[seen]
+    valid = (mask != 255) & (prediction != 255)
+    pairs = mask[valid].astype(np.int64) * num_classes + prediction[valid]
     return np.bincount(pairs, minlength=num_classes ** 2).reshape(num_classes, num_classes)
 
 
@@ -45,7 +44,7 @@ def mean_average_precision(scores, labels):
         if hits.sum():
             precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
             found.append((precision * hits).sum() / hits.sum())
-    return float(torch.stack(found).mean()) if found else math.nan
+    return float(torch.stack(found).mean()) if found else float("nan")
 
 
 def confusion_over_thresholds(mask, classes, cams, num_classes):
@@ -53,14 +52,14 @@ def confusion_over_thresholds(mask, classes, cams, num_classes):
 
     mask: uint8 (H, W), classes: (k,), cams: float32 (k, H, W) in [0, 1]  ->  int64 (60, S, S)
     """
-    seen = mask != VOID
+    valid = mask != VOID
     if len(classes):
         value, winner = torch.from_numpy(cams).max(0)  # numpy's takes ten times as long
-        value, label = value.numpy()[seen], classes[winner.numpy()[seen]]
+        value, label = value.numpy()[valid], classes[winner.numpy()[valid]]
     else:
-        value, label = np.full(seen.sum(), -1, np.float32), 0
+        value, label = np.full(valid.sum(), -1, np.float32), 0
     reached = np.searchsorted(THRESHOLDS, value, side="right")  # at how many thresholds the pixel is foreground
-    bins = (reached * num_classes + mask[seen]) * num_classes + label
+    bins = (reached * num_classes + mask[valid]) * num_classes + label
     counts = np.bincount(bins, minlength=(len(THRESHOLDS) + 1) * num_classes ** 2)
     counts = counts.reshape(len(THRESHOLDS) + 1, num_classes, num_classes)
     below = counts.cumsum(0)[:-1]  # pixels that are background at each threshold
@@ -79,14 +78,6 @@ def best_threshold(matrices):
     best = int(curve.argmax())
     return {"best": round(float(THRESHOLDS[best]), 2), "miou": float(curve[best]), "iou": each[best].tolist(),
             "curve": curve.tolist()}
-
-
-def score_class_maps(mask_path, folder, name, class_names, kind):
-    mask = read_mask(mask_path, 1 + len(class_names))
-    classes, cams = read_any_seeds(folder, name, class_names, kind)
-    if len(classes) and cams.shape[1:] != mask.shape:
-        raise InputError(f"the class maps of {name} in {folder} are {cams.shape[1:]}, its mask {mask.shape}")
-    return confusion_over_thresholds(mask, classes, cams, 1 + len(class_names))
 
 
 def read_any_seeds(folder, name, class_names, kind):
@@ -112,6 +103,14 @@ def read_any_seeds(folder, name, class_names, kind):
     return np.array(have, np.int64) + 1, maps
 
 
+def score_class_maps(mask_path, folder, name, class_names, kind):
+    mask = read_mask(mask_path, 1 + len(class_names))
+    classes, cams = read_any_seeds(folder, name, class_names, kind)
+    if len(classes) and cams.shape[1:] != mask.shape:
+        raise InputError(f"the class maps of {name} in {folder} are {cams.shape[1:]}, its mask {mask.shape}")
+    return confusion_over_thresholds(mask, classes, cams, 1 + len(class_names))
+
+
 def score_mask(mask_path, path, num_classes):
     """-> (1, S+1, S+1), the last column what the prediction leaves void"""
     mask = read_mask(mask_path, num_classes)
@@ -133,7 +132,7 @@ class Scorer:
         masks = [self.dataset.mask(name) for name in ids]
         require(masks, "masks")
         jobs, total = ((mask, *job) for mask, job in zip(masks, jobs)), 0
-        for name, counts in zip(ids, in_processes(work, jobs, self.workers, len(ids), what, POOL_FROM)):
+        for name, counts in zip(ids, in_processes(work, jobs, self.workers, len(ids), what, pool_from=1000)):
             self.presence[name] = counts[0].sum(1)[:self.dataset.num_classes] > 0
             total = total + counts
         return total
@@ -166,7 +165,7 @@ def stage_rows(scorer, out, records):
     dataset = scorer.dataset
     splits = {split: dataset.ids(split, required=False) for split in ("train", "val")}
     has_masks, rows = (dataset.root / "SegmentationClass").is_dir(), []
-    seen = len(dataset.trained_on(splits["val"]))
+    trained_on = len(dataset.trained_on(splits["val"]))
 
     def add(title, split, name, ending, score):
         ids, (what, target) = splits[split], STAGES[name]
@@ -179,13 +178,13 @@ def stage_rows(scorer, out, records):
         if len(have) < len(ids):
             missing = next(one for one in ids if one not in set(have))
             row["missing"] = f"{len(ids) - len(have)} of {len(ids)} {what} are missing, first {missing}: make {target}"
-        if split == "val" and seen:
-            row["seen"] = f"{seen} of these photos stand in train_aug or train too, and were trained on"
+        if split == "val" and trained_on:
+            row["trained_on"] = f"{trained_on} of these photos stand in train_aug or train too, and were trained on"
         rows.append({**row, **score(have), **out_of_date(out, name, records[name], dataset)})
 
     if classifier := records.get("classifier"):
         row = {"stage": "classifier", "of": "classifier", "id": classifier["id"], "split": "val",
-               "n": classifier.get("map_n", 0), "note": "no val.txt", "map": classifier.get("map"),
+               "n": classifier.get("map_n", 0), "note": "not measured", "map": classifier.get("map"),
                **out_of_date(out, "classifier", classifier, dataset)}
         if row["map"] is not None and classifier["map_of"] != dataset.digest_of("val"):
             row.setdefault("stale", "of another list val: make train FRESH=1")
@@ -210,15 +209,46 @@ def read_results(out):
     path = out / "results.json"
     if not path.is_file():
         return None
-    results = read_json(path, ("data", "classes", "rows", "devices", "precision", "seconds", "settings"))
+    results = read_json(path, ("data", "classes", "rows", "doubts", "devices", "precision", "seconds", "settings"))
     for row in results["rows"]:
-        if not (record := find_record(out, name := row["of"])):
+        if not (record := find_record(out, name := row.get("of", ""))):
             continue
         if record["id"] != row.get("id"):
             row["stale"] = f"scored before the {STAGES[name][0]} was made again: make eval"
         else:
             row.update(out_of_date(out, name, record))
     return results
+
+
+def outcome(row):
+    """The last column of the table."""
+    if "miou" not in row and row.get("map") is None:
+        return f"      - ({row['note']})"
+    value = f"{row['miou']:7.2f}" if "miou" in row else f"{100 * row['map']:7.2f} mAP"
+    if row.get("coverage", 1) < 1:
+        value += f" on the {100 * row['coverage']:.1f} % of pixels that are labelled;"
+    return (value + "".join(f" {row[key]};" for key in ("missing", "trained_on", "stale") if key in row)).rstrip(";")
+
+
+def print_table(rows, classes, doubts):
+    """The rows of results.json as text, the IoU of each class below."""
+    print(f"\n{'stage':16} {'split':6} {'N':>6}  {'threshold':12} {'CRF':4} {'mIoU %':>7}")
+    for row in rows:
+        how = f"{row.get('threshold', '-'):12} {row.get('crf', '-'):4}"
+        print(f"{row['stage']:16} {row['split']:6} {row['n']:6}  {how} {outcome(row)}")
+    if any("best" in row.get("threshold", "") for row in rows):
+        print("Thresholds of seeds marked (best) were chosen by looking at the masks, out of 0.00 ... 0.59.")
+    for line in doubts:
+        print(f"doubtful: {line}")
+    print()
+    scored = [row for row in rows if "iou" in row]
+    if scored:
+        print(f"{'IoU %':16}" + "".join(f"{row['stage']:>17}" for row in scored))
+        for n, name in enumerate(classes):
+            values = [row["iou"][n] for row in scored]
+            cells = ["absent" if math.isnan(value) else f"{100 * value:.2f}" for value in values]
+            print(f"{name:16}" + "".join(f"{cell:>17}" for cell in cells))
+        print()
 
 
 def evaluate(args):
@@ -247,37 +277,6 @@ def evaluate(args):
         seconds = ", ".join(f"{name} {value:.0f}" for name, value in each["seconds"].items())
         used = ", ".join(sorted(set(each["precision"].values())))
         print(f"precision: {used}; seconds: {seconds} -> {args.out / 'results.json'}")
-
-
-def outcome(row):
-    """The last column of the table."""
-    if "miou" not in row and row.get("map") is None:
-        return f"      - ({row['note']})"
-    value = f"{row['miou']:7.2f}" if "miou" in row else f"{100 * row['map']:7.2f} mAP"
-    if row.get("coverage", 1) < 1:
-        value += f" on the {100 * row['coverage']:.1f} % of pixels that are labelled;"
-    return (value + "".join(f" {row[key]};" for key in ("missing", "seen", "stale") if key in row)).rstrip(";")
-
-
-def print_table(rows, classes, doubts):
-    """The rows of results.json as text, the IoU of each class below."""
-    print(f"\n{'stage':16} {'split':6} {'N':>6}  {'threshold':12} {'CRF':4} {'mIoU %':>7}")
-    for row in rows:
-        how = f"{row.get('threshold', '-'):12} {row.get('crf', '-'):4}"
-        print(f"{row['stage']:16} {row['split']:6} {row['n']:6}  {how} {outcome(row)}")
-    if any("best" in row.get("threshold", "") for row in rows):
-        print("Thresholds of seeds marked (best) were chosen by looking at the masks, out of 0.00 ... 0.59.")
-    for line in doubts:
-        print(f"doubtful: {line}")
-    print()
-    scored = [row for row in rows if "iou" in row]
-    if scored:
-        print(f"{'IoU %':16}" + "".join(f"{row['stage']:>17}" for row in scored))
-        for n, name in enumerate(classes):
-            values = [row["iou"][n] for row in scored]
-            cells = ["absent" if math.isnan(value) else f"{100 * value:.2f}" for value in values]
-            print(f"{name:16}" + "".join(f"{cell:>17}" for cell in cells))
-        print()
 
 
 def main():

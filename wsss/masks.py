@@ -28,6 +28,21 @@ def palette():
     return colours
 
 
+def refuse_renumbered(path, values, colours):
+    """InputError where the indices in use have colours that VOC's palette gives to others.
+
+    Palettes that are grey, or not VOC's, say nothing. colours: list of r, g, b, r, ...
+    """
+    if colours == palette().ravel().tolist()[:len(colours)]:
+        return
+    index = {tuple(colour): n for n, colour in enumerate(palette().tolist())}
+    used = {n: tuple(colours[3 * n:3 * n + 3]) for n in np.unique(values).tolist()}
+    is_voc = all(colour in index for colour in used.values()) and any(len(set(colour)) > 1 for colour in used.values())
+    for n, colour in used.items():
+        if is_voc and n != index[colour] > 0:  # black fills unused places
+            raise InputError(f"{path}: index {n} has VOC's colour of {index[colour]}: keep its palette, or save as RGB")
+
+
 def read_mask(path, num_classes=None, size=None):
     """An index PNG -> uint8 (H, W). Colours of PASCAL VOC's palette become their index, with a line saying so.
 
@@ -59,21 +74,6 @@ def read_mask(path, num_classes=None, size=None):
         turned = ": sides swapped, as where a photo is turned by its EXIF entry and the mask is not"
         raise InputError(f"{path} is {w}x{h}, its photo {W}x{H}" + turned * ((h, w) == (W, H)))
     return values.astype(np.uint8)
-
-
-def refuse_renumbered(path, values, colours):
-    """InputError where the indices in use have colours that VOC's palette gives to others.
-
-    Palettes that are grey, or not VOC's, say nothing. colours: list of r, g, b, r, ...
-    """
-    if colours == palette().ravel().tolist()[:len(colours)]:
-        return
-    index = {tuple(colour): n for n, colour in enumerate(palette().tolist())}
-    used = {n: tuple(colours[3 * n:3 * n + 3]) for n in np.unique(values).tolist()}
-    is_voc = all(colour in index for colour in used.values()) and any(len(set(colour)) > 1 for colour in used.values())
-    for n, colour in used.items():
-        if is_voc and n != index[colour] > 0:  # black fills unused places
-            raise InputError(f"{path}: index {n} has VOC's colour of {index[colour]}: keep its palette, or save as RGB")
 
 
 def write_mask(path, mask):

@@ -24,6 +24,13 @@ RANK, WORLD, LOCAL_RANK = (int(os.environ[name]) if IS_TORCHRUN else default
                            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
+def device_name(device):
+    """-> the card's name, or the processor's kind and how many threads of it torch uses"""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
 def pick_device(name, computes=True):
     """The device, printed; a warning where a GPU is there but cannot be used. computes: False: the CPU is enough."""
     if name and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -47,13 +54,6 @@ def pick_device(name, computes=True):
     if RANK == 0:
         print(f"device: {device} ({device_name(device)})", flush=True)
     return device
-
-
-def device_name(device):
-    """-> the card's name, or the processor's kind and how many threads of it torch uses"""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def amp_dtype(device):
@@ -92,27 +92,17 @@ def loader(images, device, workers, **how):
                                        multiprocessing_context="fork" if workers else None, **how)
 
 
-def for_each_photo(run, path_of, names, item, compute, write, device, workers, batch_size=None):
-    """Make one file of each photo: `write(*job)` for each job in `compute(item(name, PIL photo))`.
+def _start_worker(parent):
+    """One thread; Ctrl-C is the parent's to handle, and the worker ends with it, however that ends."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    `item` runs in the loader's workers, `compute` here, on the device, `write` in a pool of processes. With a
-    batch_size `compute` gets so many items at once, collated. run: the stage to start, or None
-    """
-    if run:
-        run.start()
-    keep = {} if batch_size else {"collate_fn": tuple}  # arrays stay arrays
-    items = loader(Images(path_of, names, item), device, workers, batch_size=batch_size, **keep)
-    jobs = (job for found in items for job in compute(*found))
-    collections.deque(in_processes(write, jobs, workers, len(names), run.what if run else "photos"), maxlen=0)
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
 
-
-def in_processes(work, jobs, workers, total, what, pool_from=2):
-    """Yield work(*job) of each job, in order, from processes where there are as many jobs as are worth their start."""
-    with bar(total, what) as progress:
-        results = _pooled(work, jobs, workers) if workers and total >= pool_from else (work(*job) for job in jobs)
-        for result in results:
-            yield result
-            progress.update()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _pooled(work, jobs, workers):
@@ -126,14 +116,24 @@ def _pooled(work, jobs, workers):
             yield waiting.popleft().result()
 
 
-def _start_worker(parent):
-    """One thread; Ctrl-C is the parent's to handle, and the worker ends with it, however that ends."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def in_processes(work, jobs, workers, total, what, pool_from=2):
+    """Yield work(*job) of each job, in order, from processes where there are as many jobs as are worth their start."""
+    with bar(total, what) as progress:
+        results = _pooled(work, jobs, workers) if workers and total >= pool_from else (work(*job) for job in jobs)
+        for result in results:
+            yield result
+            progress.update()
 
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+def for_each_photo(run, path_of, names, item, compute, write, device, workers, batch_size=None):
+    """Make one file of each photo: `write(*job)` for each job in `compute(item(name, PIL photo))`.
+
+    `item` runs in the loader's workers, `compute` here, on the device, `write` in a pool of processes. With a
+    batch_size `compute` gets so many items at once, collated. run: the stage to start, or None
+    """
+    if run:
+        run.start()
+    keep = {} if batch_size else {"collate_fn": tuple}  # arrays stay arrays
+    items = loader(Images(path_of, names, item), device, workers, batch_size=batch_size, **keep)
+    jobs = (job for found in items for job in compute(*found))
+    collections.deque(in_processes(write, jobs, workers, len(names), run.what if run else "photos"), maxlen=0)

@@ -7,7 +7,6 @@
 
 The layout is the one that wsss/data.py reads. Masks are for scoring alone.
 """
-import wsss  # noqa: F401, must come first: names a package that is not installed
 import json
 import os
 import shutil
@@ -27,7 +26,6 @@ from wsss.toy import TOY_CLASSES, toy_picture
 VOC_SIZES = {"train_aug": 10582, "train": 1464, "val": 1449, "test": 1456}
 COCO_SPLITS = {"train_aug": "train2014", "val": "val2014"}
 COCO_SIZES = {"train_aug": 82081, "val": 40137}  # photos with an instance
-LISTED = 20  # problems that `check` tells at most
 CHUNK = 100  # photos that a process reads at a time
 
 
@@ -232,7 +230,7 @@ def check(args):
     if unlike:
         print(f"note: masks and labels of {len(unlike)} photos differ, first {unlike[0]}")
     problems = list(dict.fromkeys(problems))
-    for line in problems[:LISTED]:
+    for line in problems[:20]:
         print(f"problem: {line}")
     if problems:
         raise InputError(f"{len(problems)} problems in {dataset.root}")

@@ -52,6 +52,12 @@ TABLE_2 = (  # the paper's IoU % of background and VOC's classes, then the mean:
     "91.6 85.0 36.1 89.7 58.9 67.9 86.1 82.8 86.8 30.6 81.0 60.5 82.6 81.3 79.7 79.4 56.9 85.5 59.3 71.2 41.1 71.1")
 
 
+def seed_threshold(args):
+    """The best of the run's seeds, where `make eval` has scored them."""
+    rows = (read_results(args.out) or {"rows": []})["rows"]
+    return next((row["best"] for row in rows if row["stage"] == "refined seeds" and "best" in row), THRESHOLD)
+
+
 def open_run(args, dataset):
     """-> folder of a run, kinds of its class maps, threshold of the seeds; InputError where other data made it"""
     record = require_same(args.out, "cams", args.preset, dataset)
@@ -62,12 +68,6 @@ def open_run(args, dataset):
     return args.out, kinds, seed_threshold(args)
 
 
-def seed_threshold(args):
-    """The best of the run's seeds, where `make eval` has scored them."""
-    rows = (read_results(args.out) or {"rows": []})["rows"]
-    return next((row["best"] for row in rows if row["stage"] == "refined seeds" and "best" in row), THRESHOLD)
-
-
 def chosen(args, dataset, split):
     """--ids, else the first ones of a list."""
     return [dataset.find_id(name, "--ids") for name in args.ids or ()] or dataset.ids(split)[:args.first]
@@ -75,6 +75,30 @@ def chosen(args, dataset, split):
 
 def save(path, image, **how):
     write(path, lambda file: image.save(file, **how or {"format": "PNG"}))
+
+
+def show_photos(args):
+    """A row a photo: its attention map, CAMs and hard label of the classes found or asked for."""
+    model, network = bnr.load_classifier(args.out, args.device)
+    names, record = network["classes"], find_record(args.out, "cams")
+    if unknown := [name for name in args.classes or () if name not in names]:
+        raise FlagError(f"--classes {unknown[0]}: the classifier knows {' '.join(names)}")
+    scales = record["settings"]["scales"] if record else defaults("bnr cams", args.preset)["scales"]
+    threshold, rows = seed_threshold(args), []
+    for path in args.photos:
+        image = read_image(path)
+        photo, view = pil_to_tensor(image), look(model, image, network["crop"], scales, args.device, args.amp)
+        drawn = args.classes or [name for name, p in zip(names, view["probability"]) if p > PROBABLE]
+        classes = np.array([1 + names.index(name) for name in drawn], np.int64)
+        plain, refined = (combine_scales([scale[classes - 1] for scale in view[kind]], photo.shape[1:]).numpy()
+                          for kind in ("plain", "refined"))
+        title = ", ".join(f"{name} {view['probability'][names.index(name)]:.2f}" for name in drawn)
+        print(f"{path}: {title or f'no class over {PROBABLE}, --classes NAME draws one all the same'}")
+        rows.append([
+            (f"{path.name}: {title}", photo), ("attention map", glow(photo, view["attention"])),
+            ("plain CAM", heat(photo, classes, plain)), ("refined CAM", heat(photo, classes, refined)),
+            (f"hard label at {threshold:.2f}", overlay(photo, hard_threshold(classes, refined, threshold)))])
+    return rows
 
 
 def show(args):
@@ -88,30 +112,6 @@ def show(args):
         rows = [list(stages_of(dataset, name, *run)[0].items()) for name in ids]
     save(args.out / "show.png", sheet(rows, args.height))
     print(args.out / "show.png")
-
-
-def show_photos(args):
-    """A row a photo: its attention map, CAMs and hard label of the classes found or asked for."""
-    model, network = bnr.load_classifier(args.out, args.device)
-    names, record = network["classes"], find_record(args.out, "cams")
-    if unknown := [name for name in args.classes or () if name not in names]:
-        raise FlagError(f"--classes {unknown[0]}: the classifier knows {' '.join(names)}")
-    scales = record["settings"]["scales"] if record else defaults("bnr cams", args.preset)["scales"]
-    threshold, rows = seed_threshold(args), []
-    for path in args.photos:
-        image = read_image(path)
-        photo, seen = pil_to_tensor(image), look(model, image, network["crop"], scales, args.device, args.amp)
-        drawn = args.classes or [name for name, p in zip(names, seen["probability"]) if p > PROBABLE]
-        classes = np.array([1 + names.index(name) for name in drawn], np.int64)
-        plain, refined = (combine_scales([scale[classes - 1] for scale in seen[kind]], photo.shape[1:]).numpy()
-                          for kind in ("plain", "refined"))
-        title = ", ".join(f"{name} {seen['probability'][names.index(name)]:.2f}" for name in drawn)
-        print(f"{path}: {title or f'no class over {PROBABLE}, --classes NAME draws one all the same'}")
-        rows.append([
-            (f"{path.name}: {title}", photo), ("attention map", glow(photo, seen["attention"])),
-            ("plain CAM", heat(photo, classes, plain)), ("refined CAM", heat(photo, classes, refined)),
-            (f"hard label at {threshold:.2f}", overlay(photo, hard_threshold(classes, refined, threshold)))])
-    return rows
 
 
 def gallery(args):
@@ -187,6 +187,12 @@ def mean_and_deviation(values, digits=2):
     return f"{np.mean(there):.{digits}f} ± {np.std(there, ddof=1):.{digits}f} ({len(there)} runs)"
 
 
+def markdown(title, head, rows):
+    """-> lines of a table"""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    return [f"**{title}**", "", lines[0], "|---" * len(head) + "|", *lines[1:], ""]
+
+
 def tables(args):
     """Print Tables 1-5 as Markdown, with mean and deviation over the runs at hand -> OUT/tables.md"""
     runs = read_runs(args)
@@ -209,31 +215,10 @@ def tables(args):
     used = ", ".join(sorted({precision for one in runs.values() for precision in one["precision"].values()}))
     text.append(f"Ours: mean ± deviation (n - 1) over runs with other random seeds, on {devices}, in {used}.")
     text += [f"Note: {row}-seed{seed}, {entry['stage']}: {entry[key]}." for (row, seed), one in runs.items()
-             for entry in one["rows"] for key in ("missing", "stale") if key in entry]
+             for entry in one["rows"] for key in ("missing", "trained_on", "stale") if key in entry]
+    text += [f"Doubtful: {row}-seed{seed}: {line}." for (row, seed), one in runs.items() for line in one["doubts"]]
     print("\n".join(text))
     write_lines(args.out / "tables.md", text)
-
-
-def markdown(title, head, rows):
-    """-> lines of a table"""
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
-    return [f"**{title}**", "", lines[0], "|---" * len(head) + "|", *lines[1:], ""]
-
-
-def figures(args):
-    """Draw Figures 1, 3, 4, 5 of the paper from the runs at hand -> OUT/figures/; what a figure lacks is named."""
-    dataset, drawn = DataSet(args.data), 0
-    for number, draw, *how in (
-            (1, strips, "train", METHODS, "cams", MAPS["refined"]),
-            (3, strips, "val", ["BNR"], "segmentation", "segmentation"), (4, curves), (5, attention_maps)):
-        try:
-            save(path := args.out / "figures" / f"figure_{number}.png", draw(args, dataset, *how))
-            print(path)
-            drawn += 1
-        except InputError as error:
-            print(f"figure_{number} is not drawn: {error}")
-    if not drawn:
-        raise InputError(f"none of the figures could be drawn from {args.out}")
 
 
 def strips(args, dataset, split, methods, stage, panel):
@@ -256,9 +241,10 @@ def curves(args, dataset):
         raise InputError('matplotlib is missing: "make figures" installs it') from None
     figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
     axes = figure.subplots()
-    for row in dict.fromkeys(row for row, _ in runs):
-        title, colour = ROWS[row]
-        curve = np.mean([score["curve"] for score in scores_of(runs, row, "refined seeds")], axis=0)
+    for row, (title, colour) in ROWS.items():
+        if not (scores := scores_of(runs, row, "refined seeds")):
+            continue
+        curve = np.mean([score["curve"] for score in scores], axis=0)
         best = int(curve.argmax())
         axes.plot(THRESHOLDS, curve, color=colour, label=f"{title}: {curve[best]:.1f} at {THRESHOLDS[best]:.2f}")
         axes.plot(THRESHOLDS[best], curve[best], "o", color=colour)
@@ -278,9 +264,25 @@ def attention_maps(args, dataset):
         image = read_image(dataset.image(name))
         rows.append([("image", photo := pil_to_tensor(image))])
         for method, (model, network) in models.items():
-            seen = look(model, image, network["crop"], (), args.device, args.amp)
-            rows[-1].append((method, glow(photo, seen["attention"])))
+            view = look(model, image, network["crop"], (), args.device, args.amp)
+            rows[-1].append((method, glow(photo, view["attention"])))
     return sheet(rows, args.height)
+
+
+def figures(args):
+    """Draw Figures 1, 3, 4, 5 of the paper from the runs at hand -> OUT/figures/; what a figure lacks is named."""
+    dataset, drawn = DataSet(args.data), 0
+    for number, draw, *how in (
+            (1, strips, "train", METHODS, "cams", MAPS["refined"]),
+            (3, strips, "val", ["BNR"], "segmentation", "segmentation"), (4, curves), (5, attention_maps)):
+        try:
+            save(path := args.out / "figures" / f"figure_{number}.png", draw(args, dataset, *how))
+            print(path)
+            drawn += 1
+        except InputError as error:
+            print(f"figure_{number} is not drawn: {error}")
+    if not drawn:
+        raise InputError(f"none of the figures could be drawn from {args.out}")
 
 
 def main():

@@ -119,26 +119,6 @@ def make_backbone(backbone, width=64, dropout=1.0):
     return ResNet38(width, dropout) if backbone == "resnet38" else ResNet50()
 
 
-def read_resnet38(path, hint=""):
-    """ResNet-38's weights, from the MXNet file or a .pth of PSA or SEAM, less their heads. -> name: tensor"""
-    if path.suffix != ".params":
-        known = ResNet38(1).state_dict()
-        return {k: v for k, v in read_weights(path, hint)[0].items() if k in known}
-    out = {}
-    for name, array in read_mxnet(path, hint).items():
-        layer, _, what = re.sub("^(arg|aux):", "", name).replace("_moving_", "_running.").rpartition("_")
-        if layer == "linear1000":
-            continue
-        what = MXNET_NAMES.get(what, what.replace(".", "_"))
-        inner = re.fullmatch(r"(res|bn)(\d)([a-z]?)(\d*)_(branch.+)", layer)
-        if inner:  # res4b2_branch2a -> b4_2.conv_branch2a
-            part, level, letter, number, branch = inner.groups()
-            index = int(number) if number else (ord(letter) - ord("a") if letter else 0)
-            layer = f"b{level}{f'_{index}' if index else ''}.{'conv' if part == 'res' else 'bn'}_{branch}"
-        out[f"{layer}.{what}"] = torch.from_numpy(array)
-    return out
-
-
 def read_mxnet(path, hint=""):
     """Arrays of an MXNet .params file in any of its three on-disk forms, numpy only. -> name: float32 array"""
     raw, at = path.read_bytes(), 0
@@ -166,6 +146,26 @@ def read_mxnet(path, hint=""):
     except (ValueError, IndexError) as error:
         raise InputError(f"{path} cannot be read as MXNet weights: {error}{hint}") from None
     return dict(zip(names, arrays))
+
+
+def read_resnet38(path, hint=""):
+    """ResNet-38's weights, from the MXNet file or a .pth of PSA or SEAM, less their heads. -> name: tensor"""
+    if path.suffix != ".params":
+        known = ResNet38(1).state_dict()
+        return {k: v for k, v in read_weights(path, hint)[0].items() if k in known}
+    out = {}
+    for name, array in read_mxnet(path, hint).items():
+        layer, _, what = re.sub("^(arg|aux):", "", name).replace("_moving_", "_running.").rpartition("_")
+        if layer == "linear1000":
+            continue
+        what = MXNET_NAMES.get(what, what.replace(".", "_"))
+        inner = re.fullmatch(r"(res|bn)(\d)([a-z]?)(\d*)_(branch.+)", layer)
+        if inner:  # res4b2_branch2a -> b4_2.conv_branch2a
+            part, level, letter, number, branch = inner.groups()
+            index = int(number) if number else (ord(letter) - ord("a") if letter else 0)
+            layer = f"b{level}{f'_{index}' if index else ''}.{'conv' if part == 'res' else 'bn'}_{branch}"
+        out[f"{layer}.{what}"] = torch.from_numpy(array)
+    return out
 
 
 def freeze_batch_norm(model, statistics=True):

@@ -38,6 +38,10 @@ class FlagError(InputError):
     """Flags that do not go together. Exit status 2."""
 
 
+def disk_remedy(error):
+    return "allow it, or take another folder" if error.errno in DENIED else "make room there, or take another folder"
+
+
 def write(path, save, sync=False):
     """`save(file)` into a temporary name, then rename: a file is there whole or not at all. sync: on the disk first."""
     path = Path(path)
@@ -58,10 +62,6 @@ def write(path, save, sync=False):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def disk_remedy(error):
-    return "allow it, or take another folder" if error.errno in DENIED else "make room there, or take another folder"
 
 
 def require(paths, what, remedy=""):
@@ -162,6 +162,20 @@ def older_than(out, name):
     return None
 
 
+def _refuse_foreign(folder):
+    """InputError where a folder of a stage's name could not be replaced, or is somebody else's."""
+    if folder.is_symlink() or os.path.ismount(folder):
+        raise InputError(f"{folder} is a link or a mount, which cannot be replaced: remove it, or {ANOTHER}")
+    if not folder.exists():
+        return
+    others = not folder.is_dir() or [name for name in os.listdir(folder)
+                                     if not name.endswith(TEMPORARY) and not name.startswith(OF_SYSTEMS)]
+    if others and not (folder / RECORD).is_file():
+        raise InputError(f"{folder} is not a result of ours, it has no {RECORD}: move it away, or {ANOTHER}")
+    if not os.access(folder, os.W_OK | os.X_OK) or not os.access(folder.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be replaced: allow writing there, or {ANOTHER}")
+
+
 class Stage:
     """One stage of a run: what of it is done, and where it works until it is complete. One process at a time has it.
 
@@ -181,14 +195,14 @@ class Stage:
                 raise InputError(f"{STAGES[source][0]} in {out}: {older}")
             inputs[source] = found["id"]
             self.seen.update(found.get("again", {}))
-        for folder in (self.done, self.part):
-            _refuse_foreign(folder)
         out.mkdir(parents=True, exist_ok=True)
         self.lock = open(out / f".{name}.lock", "w")  # goes with the process, however that ends, or with this object
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"another process is at work in {self.part}: wait for it, or {ANOTHER}") from None
+        for folder in (self.done, self.part):
+            _refuse_foreign(folder)
         self._settle()
         settings = json.loads(json.dumps(settings, default=str))  # as it comes back from the file
         self.record = {"id": uuid.uuid4().hex, "done": False, "seconds": 0, "data": str(dataset.root.resolve()),
@@ -230,13 +244,12 @@ class Stage:
     def todo(self, names, ending, is_part=False):
         """Those of the photos whose file is missing, cut short or older than its seed; all where nothing is taken up.
 
-        is_part: the names are not all of the stage, which --fresh would lose
+        is_part: the names are not all of the stage, whose other files would be lost
         """
-        if self.fresh and is_part and find_record(self.out, self.name):
-            there = {path.relative_to(self.done).with_suffix("").as_posix() for path in self.done.rglob(f"*{ending}")}
-            if lost := there - set(names):
-                raise InputError(f"--fresh would lose {len(lost)} files of {self.done}: drop --first, --ids, --split")
         if not (self.complete or self.resumed):
+            there = {path.relative_to(self.done).with_suffix("").as_posix() for path in self.done.rglob(f"*{ending}")}
+            if is_part and (lost := there - set(names)):
+                raise InputError(f"{len(lost)} files of {self.done} would be lost: drop --first, --ids, --split")
             return list(names)
         seen = self.record.get("seen", {})
         self.again = [name for name in names if seen.get(name) != self.seen.get(name)
@@ -260,7 +273,10 @@ class Stage:
             path.unlink(missing_ok=True)
         self.save()
 
-    def save(self):
+    def save(self, name=None, content=None):
+        """The record, and before it a file of this stage: content(file) writes it."""
+        if name:
+            write(self.folder / name, content, sync=True)
         now = time.monotonic()
         self.record["seconds"] += now - self.clock
         self.clock = now
@@ -280,17 +296,3 @@ class Stage:
             os.replace(self.part, self.done)
         if (self.done / EARLIER).exists():
             shutil.rmtree(self.done / EARLIER)
-
-
-def _refuse_foreign(folder):
-    """InputError where a folder of a stage's name could not be replaced, or is somebody else's."""
-    if folder.is_symlink() or os.path.ismount(folder):
-        raise InputError(f"{folder} is a link or a mount, which cannot be replaced: remove it, or {ANOTHER}")
-    if not folder.exists():
-        return
-    others = not folder.is_dir() or [name for name in os.listdir(folder)
-                                     if not name.endswith(TEMPORARY) and not name.startswith(OF_SYSTEMS)]
-    if others and not (folder / RECORD).is_file():
-        raise InputError(f"{folder} is not a result of ours, it has no {RECORD}: move it away, or {ANOTHER}")
-    if not os.access(folder, os.W_OK | os.X_OK) or not os.access(folder.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{folder} cannot be replaced: allow writing there, or {ANOTHER}")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from wsss.pool import RANK, WORLD, autocast, bar, loader, peak_memory, precision
-from wsss.stage import FlagError, InputError, write
+from wsss.stage import FlagError, InputError
 
 SAVE_SECONDS = 300  # between two checkpoints
 LOG_STEPS = 10  # between two lines of log.jsonl
@@ -99,83 +99,6 @@ def outputs(model, images, compute, batches, device, mixed):
     return torch.cat(found)
 
 
-def fit(run, model, optimizer, batches, loss_of, steps, network, schedule=lambda done: 1.0, amp=False, micro_batch=0,
-        validation=None):
-    """Train for `steps` steps -> model.pth; a checkpoint every few minutes, from which the same command goes on.
-
-    loss_of: as in `train_step`; schedule(share of steps done): factor on each group's learning rate; network: what
-    rebuilds the network from the file; validation: (images, compute, score), after each epoch: score of the `outputs`
-    gives results for the record, by name, printed too.
-    """
-    if RANK == 0:
-        run.start()
-    if dist.is_initialized():
-        dist.barrier()  # the first process has emptied the folder where it begins
-    checkpoint = run.folder / "checkpoint.pth"
-    device = next(model.parameters()).device
-    if dist.is_initialized() and device.type == "cuda":
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    scaler = torch.amp.GradScaler(device.type, enabled=precision(device, amp) == "fp16")
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    step = _resume(checkpoint, run, parts)
-
-    def save(path, state):
-        if RANK > 0:
-            return
-        if bad := next((name for name, value in model.named_parameters() if not value.isfinite().all()), None):
-            raise InputError(f"{bad} of {run.name} is not finite after step {step}: {LOWER}")
-        write(path, lambda file: torch.save(state, file), sync=True)
-        run.save()
-
-    model.train()
-    block, saved_at, block_at = [], time.monotonic(), time.monotonic()
-    shares = batches.shares(step, steps)
-    loaded, mixed = loader(batches.images, device, batches.workers, batch_sampler=shares), autocast(device, amp)
-    with bar(steps * batches.batch_size, run.name, step * batches.batch_size) as progress:
-        for batch in loaded:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * schedule(step / steps)
-            batch = [x.to(device, non_blocking=True) for x in batch]
-            try:
-                seed = 2, batches.seed, step
-                block.append(train_step(model, optimizer, batch, loss_of, scaler, seed, mixed, micro_batch))
-            except ValueError as error:
-                if "more than 1 value per channel" not in str(error):
-                    raise
-                says = "BatchNorm sees one value a channel: take a larger --crop, or no photo alone in a batch or part"
-                raise InputError(says) from None
-            step += 1
-            progress.update(batches.batch_size)
-            ends = step == steps or step % batches.per_epoch == 0
-            due = time.monotonic() - saved_at > SAVE_SECONDS
-            if not ends and len(block) < LOG_STEPS and (WORLD > 1 or not due):  # several must log at the same step
-                continue
-            line = {"step": step, "steps": steps, **_means(run, block, step, device),
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "images_s": round(len(block) * batches.batch_size / max(time.monotonic() - block_at, 1e-9), 1),
-                    "gb": round(peak_memory(), 2), "precision": precision(device, amp)}
-            progress.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
-            if ends and validation and RANK == 0:
-                images, compute, score = validation
-                results = score(outputs(model, images, compute, batches, device, mixed))
-                progress.write(f"step {step}: " + ", ".join(f"{name} {value}" for name, value in results.items()))
-                run.record.update(results)
-                line.update(results)
-            if RANK == 0:
-                with open(run.folder / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            if due and step < steps:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                save(checkpoint, {**state, "step": step, "id": run.record["id"]})
-                saved_at = time.monotonic()
-            block, block_at = [], time.monotonic()
-    save(run.folder / "model.pth", {"model": model.state_dict(), "network": {**network, "id": run.record["id"]}})
-    if RANK == 0:
-        checkpoint.unlink(missing_ok=True)
-
-
 def _resume(checkpoint, run, parts):
     """Take up what an interrupted run left. -> steps done"""
     if not checkpoint.is_file():
@@ -206,3 +129,78 @@ def _means(run, block, step, device):
             raise InputError(f"the loss of {run.name} is {values[bad[0]].item()} at step {at}: {LOWER}")
         means[name] = values.mean().item()
     return means
+
+
+def fit(run, model, optimizer, batches, loss_of, steps, network, schedule=lambda done: 1.0, amp=False, micro_batch=0,
+        validation=None):
+    """Train for `steps` steps -> model.pth; a checkpoint every few minutes, from which the same command goes on.
+
+    loss_of: as in `train_step`; schedule(share of steps done): factor on each group's learning rate; network: what
+    rebuilds the network from the file; validation: (images, compute, score), after each epoch: score of the `outputs`
+    gives results for the record, by name, printed too.
+    """
+    if RANK == 0:
+        run.start()
+    if dist.is_initialized():
+        dist.barrier()  # the first process has emptied the folder where it begins
+    checkpoint = run.folder / "checkpoint.pth"
+    device = next(model.parameters()).device
+    if dist.is_initialized() and device.type == "cuda":
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    scaler = torch.amp.GradScaler(device.type, enabled=precision(device, amp) == "fp16")
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    step = _resume(checkpoint, run, parts)
+
+    def save(name, state):
+        if RANK > 0:
+            return
+        if bad := next((name for name, value in model.named_parameters() if not value.isfinite().all()), None):
+            raise InputError(f"{bad} of {run.name} is not finite after step {step}: {LOWER}")
+        run.save(name, lambda file: torch.save(state, file))
+
+    model.train()
+    block, saved_at, block_at = [], time.monotonic(), time.monotonic()
+    shares = batches.shares(step, steps)
+    loaded, mixed = loader(batches.images, device, batches.workers, batch_sampler=shares), autocast(device, amp)
+    with bar(steps * batches.batch_size, run.name, step * batches.batch_size) as progress:
+        for batch in loaded:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * schedule(step / steps)
+            batch = [x.to(device, non_blocking=True) for x in batch]
+            try:
+                seed = 2, batches.seed, step
+                block.append(train_step(model, optimizer, batch, loss_of, scaler, seed, mixed, micro_batch))
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise InputError("BatchNorm sees one value: raise --crop, --batch-size or --micro-batch") from None
+            step += 1
+            progress.update(batches.batch_size)
+            ends = step == steps or step % batches.per_epoch == 0
+            due = time.monotonic() - saved_at > SAVE_SECONDS
+            if not ends and len(block) < LOG_STEPS and (WORLD > 1 or not due):  # several must log at the same step
+                continue
+            line = {"step": step, "steps": steps, **_means(run, block, step, device),
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "images_s": round(len(block) * batches.batch_size / max(time.monotonic() - block_at, 1e-9), 1),
+                    "gb": round(peak_memory(), 2), "precision": precision(device, amp)}
+            progress.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+            if ends and validation and RANK == 0:
+                images, compute, score = validation
+                results = score(outputs(model, images, compute, batches, device, mixed))
+                progress.write(f"step {step}: " + ", ".join(f"{name} {value}" for name, value in results.items()))
+                run.record.update(results)
+                line.update(results)
+            if RANK == 0:
+                with open(run.folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            if due and step < steps:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                save(checkpoint.name, {**state, "step": step, "id": run.record["id"]})
+                saved_at = time.monotonic()
+            block, block_at = [], time.monotonic()
+    save("model.pth", {"model": model.state_dict(), "network": {**network, "id": run.record["id"]}})
+    if RANK == 0:
+        checkpoint.unlink(missing_ok=True)

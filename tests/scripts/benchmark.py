@@ -30,10 +30,10 @@ import bnr
 import conformer
 import psa
 import segment
-from wsss import resnet38, seeds, training
+from wsss import pool, resnet38, seeds, training
 from wsss.crf import CRF_LABELS, crf_from_labels
 from wsss.data import DataSet, Images, read_image, square
-from wsss.pool import autocast, loader, peak_memory
+from wsss.pool import autocast, peak_memory
 from wsss.stage import read_record
 from wsss.toy import toy_picture
 
@@ -298,7 +298,7 @@ def loader(args):
             picture.save(f"{folder}/{n}.jpg", quality=95)
         prepare = bnr.augment(side, (320, 640))
         images = Images(lambda name: f"{folder}/{name}.jpg", [n % 8 for n in range(batch * count)],
-                             lambda name, photo: prepare(photo))
+                        lambda name, photo: prepare(photo))
         alone = statistics.median(seconds(lambda: images[n % len(images)], torch.device("cpu"))[0] for n in range(24))
 
         def ready():
@@ -307,7 +307,7 @@ def loader(args):
 
         def loaded():
             shares = training.Batches(images, batch, 0, 8).shares(0, count)
-            for photos in loader(images, args.device, 8, batch_sampler=shares):
+            for photos in pool.loader(images, args.device, 8, batch_sampler=shares):
                 step(photos.to(args.device, non_blocking=True))
 
         ready()

@@ -130,7 +130,7 @@ def trial(name, data, before, whole, out, seconds, rng, workers):
     complete(name, data, out)
     if outcome(name, whole) != outcome(name, out):
         wrong.append("the result is another one")
-    litter = [path.name for path in out.rglob("*") if path.name.endswith((".wsss", ".part", ".part.json", ".earlier"))]
+    litter = [path.name for path in out.rglob("*") if path.name.endswith((".wsss", ".part", ".earlier"))]
     if litter:
         wrong.append(f"left over: {litter}")
     shutil.rmtree(out)

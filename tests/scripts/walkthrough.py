@@ -22,7 +22,7 @@ def rewrite(page, root, out):
         with contextlib.redirect_stdout(printed):
             exec(compile(block[1], str(page), "exec"), names)
         names.update(DATA=root, OUT=out, PICTURES=page.with_suffix(""))  # in place of those of the first block
-        printed = "".join(f"{line}\n" for line in printed.getvalue().splitlines() if "sha256" not in line)
+        printed = printed.getvalue()
         return f"```python\n{block[1]}```\n" + (f"```text\n{printed}```\n" if printed else "")
 
     text = re.sub(r"```python\n(.*?)```\n(```text\n.*?```\n)?", run, read_text(page), flags=re.DOTALL)
