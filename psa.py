@@ -1,4 +1,4 @@
-"""PSA (Ahn & Kwak 2018): seeds, affinity labels, AffinityNet, random walk, pseudo labels. Sec. 3.4 of the paper.
+"""PSA (Ahn & Kwak 2018): from seeds affinity labels, AffinityNet, random walk, pseudo labels. Sec. 3.4, 4.2.
 
     python psa.py labels   OUT/cams                                       -> OUT/affinity_labels/ID.png (255: not sure)
     python psa.py train    OUT/affinity_labels                            -> OUT/affinitynet/model.pth

@@ -1,4 +1,4 @@
-"""The segmenter: DeepLab-LargeFOV on ResNet-38, trained on the pseudo labels. Sec. 4.3 of the paper.
+"""The segmenter: DeepLab-LargeFOV on ResNet-38, trained on the pseudo labels. Sec. 4.2 and 4.3 of the paper.
 
     python segment.py train     OUT/pseudo_labels          -> OUT/segmenter/model.pth
     python segment.py predict   OUT/segmenter/model.pth    -> OUT/segmentation/ID.png of val
