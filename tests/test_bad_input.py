@@ -124,7 +124,6 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
     "data is a file": (NOTHING, ("bnr", "train", "--data", PHOTO, *SMALL), "is not a data set"),
     "no data to score": (NOTHING, ("wsss.evaluate", "--data", "absent", *SMALL), "absent is not a data set"),
     "object without a name": (xml("<a><object/></a>"), train, "the label '' of toy_0000 is not one of its classes"),
-    "XML cut short": (xml("<a>"), train, "toy_0000.xml: no element found"),
     # photos
     **{f"photo {what}": (spoil(PHOTO), train, f"cannot read {PHOTO}.*{says}") for what, spoil, says in (
         ("cut", cut, "truncated"), ("empty", put, ""), ("text", lambda path: put(path, "hello"), ""))},
