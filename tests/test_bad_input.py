@@ -122,7 +122,6 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
     "class ..": (put("data/classes.txt", "cat\n../../evil"), train, "data has the class '../../evil', which"),
     "no data": (NOTHING, ("bnr", "train", "--data", "absent", *SMALL), "absent is not a data set"),
     "data is a file": (NOTHING, ("bnr", "train", "--data", PHOTO, *SMALL), "is not a data set"),
-    "no data to score": (NOTHING, ("wsss.evaluate", "--data", "absent", *SMALL), "absent is not a data set"),
     "object without a name": (xml("<a><object/></a>"), train, "the label '' of toy_0000 is not one of its classes"),
     # photos
     **{f"photo {what}": (spoil(PHOTO), train, f"cannot read {PHOTO}.*{says}") for what, spoil, says in (

@@ -41,7 +41,8 @@ def temporary(folder="out"):
 
 
 def start(*command, **more):
-    """A process of its own."""
+    """A process of its own, which takes Ctrl-C also where a shell started the tests in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen([sys.executable, "-u", "-m", command[0], *map(str, command[1:])], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=PATH, **more)
 

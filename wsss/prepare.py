@@ -230,7 +230,7 @@ def check(args):
     if unlike:
         print(f"note: masks and labels of {len(unlike)} photos differ, first {unlike[0]}")
     problems = list(dict.fromkeys(problems))
-    for line in problems[:20]:
+    for line in problems[:10]:
         print(f"problem: {line}")
     if problems:
         raise InputError(f"{len(problems)} problems in {dataset.root}")
