@@ -103,3 +103,6 @@ def plain_crf(photo, labels, num_classes):
 def largest_difference(ours, theirs):
     """Relative to their largest absolute value."""
     return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+
+
+from small_run import finished, here  # noqa: E402, F401, fixtures of all tests, which run what stands above

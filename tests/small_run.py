@@ -36,7 +36,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A small toy set and a run of all stages, in a folder of its own."""
     folder = tmp_path_factory.mktemp("finished")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import run, run_process
 from PIL import Image
-from small_run import NEW, SMALL, STAGES, WHERE, contents, finished, here, refused, stage  # noqa: F401
+from small_run import NEW, SMALL, STAGES, WHERE, contents, refused, stage
 
 LISTS, PHOTO = "data/ImageSets/Segmentation", "data/JPEGImages/toy_0000.jpg"
 MASK = "data/SegmentationClass/toy_0000.png"

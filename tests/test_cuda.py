@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 from conftest import run
-from small_run import STAGES, finished, here, record, stopped  # noqa: F401 (fixtures)
+from small_run import STAGES, record, stopped
 
 import bnr
 import psa

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_set, run
-from small_run import WHERE, finished, here  # noqa: F401
+from small_run import WHERE
 
 from wsss.masks import VOID, read_mask, write_mask
 from wsss.stage import read_json
@@ -35,35 +35,35 @@ def rename_a_class(root):
 
 
 @pytest.mark.parametrize("change", [relabel, rename_a_class])
-def test_rows_made_from_other_labels_or_classes_are_marked(here, change):  # noqa: F811
+def test_rows_made_from_other_labels_or_classes_are_marked(here, change):
     assert "FRESH=1" not in score()
     change(here)
     marked = [name for name, line in rows_of(score()).items() if "made from other lists, labels or classes" in line]
     assert marked == ["classifier", "plain CAM", "refined seeds", "affinity labels", "pseudo labels", "segmenter"]
 
 
-def test_labels_older_than_a_seed_that_was_made_again_alone_are_marked(here):  # noqa: F811
+def test_labels_older_than_a_seed_that_was_made_again_alone_are_marked(here):
     (here / "out/cams/toy_0000.npz").unlink()
     run("bnr", "cams", "--scales", 0.5, *WHERE)
     marked = {name for name, line in rows_of(score()).items() if "older than the seeds: make psa" in line}
     assert {"affinity labels", "pseudo labels"} <= marked and "refined seeds" not in marked
 
 
-def test_map_stands_beside_the_list_it_was_measured_on(here):  # noqa: F811
+def test_map_stands_beside_the_list_it_was_measured_on(here):
     lists = here / "data/ImageSets/Segmentation"
     (lists / "val.txt").write_text("toy_0004\n")
     line = rows_of(score())["classifier"]
     assert re.search(r"val +2 ", line) and "of another list val: make train FRESH=1" in line
 
 
-def test_photos_of_val_that_were_trained_on_are_told_beside_the_row(here):  # noqa: F811
+def test_photos_of_val_that_were_trained_on_are_told_beside_the_row(here):
     with open(here / "data/ImageSets/Segmentation/train.txt", "a") as file:
         file.write("toy_0004\n")
     assert "1 of these photos stand in train_aug or train too, and were trained on" in rows_of(score())["segmenter"]
 
 
 @pytest.mark.parametrize("folder", [("--masks", "data/SegmentationClass"), ()])
-def test_masks_that_show_no_class_are_told_beside_the_table(here, folder):  # noqa: F811
+def test_masks_that_show_no_class_are_told_beside_the_table(here, folder):
     for path in Path("data/SegmentationClass").iterdir():
         mask = read_mask(path)
         write_mask(path, np.where(mask > 0, VOID, 0))
@@ -72,7 +72,7 @@ def test_masks_that_show_no_class_are_told_beside_the_table(here, folder):  # no
     assert bool(folder) or read_json(here / "out/results.json")["doubts"]
 
 
-def test_a_class_that_its_masks_do_not_show_is_told_where_masks_are_trained_on(here):  # noqa: F811
+def test_a_class_that_its_masks_do_not_show_is_told_where_masks_are_trained_on(here):
     edit(here / "data/labels.txt", "\n", " lion\n")
     for path in Path("data/SegmentationClass").iterdir():
         mask = read_mask(path)
@@ -82,7 +82,7 @@ def test_a_class_that_its_masks_do_not_show_is_told_where_masks_are_trained_on(h
     assert "doubtful: data/SegmentationClass: lion: labelled in 4 photos, in none of the masks" in said
 
 
-def test_a_damaged_prediction_is_an_error_and_a_missing_one_is_told(here):  # noqa: F811
+def test_a_damaged_prediction_is_an_error_and_a_missing_one_is_told(here):
     (here / "out/segmentation/toy_0004.png").unlink()
     assert "1 of 2 segmentation are missing, first toy_0004: make seg" in rows_of(score())["segmenter"]
     root = make_set(here / "set", "ab")

@@ -14,8 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, run, run_process
 from PIL import Image
-from small_run import (NEW, SMALL, STAGES, TRAININGS, WHERE, contents, finished, here, record, results,  # noqa: F401
-                       stage)
+from small_run import NEW, SMALL, STAGES, TRAININGS, WHERE, contents, record, results, stage
 
 import bnr
 from wsss import seeds

@@ -16,8 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, run, run_process
 from PIL import Image
-from small_run import (NEW, SMALL, STAGES, TRAININGS, WHERE, contents, finished, here, record,  # noqa: F401
-                       refused, results, stage, stopped)
+from small_run import NEW, SMALL, STAGES, TRAININGS, WHERE, contents, record, refused, results, stage, stopped
 from wsss import stage as stages
 from wsss import training
 from wsss.data import DataSet

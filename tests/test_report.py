@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, run
 from PIL import Image
-from small_run import WHERE, finished, here  # noqa: F401
+from small_run import WHERE
 
 import bnr
 from wsss import pictures
@@ -188,7 +188,7 @@ def test_other_data_are_refused_in_a_line(made, command, spoil, message):
     assert message in said and "Traceback" not in said
 
 
-def test_any_photo_is_shown(here):  # noqa: F811
+def test_any_photo_is_shown(here):
     Image.open("data/JPEGImages/toy_0000.jpg").rotate(90, expand=True).save("holiday.png")
     said = report("show", "holiday.png", "holiday.png", "--classes", "cat", "lion", "--height", 64)
     assert re.search(r"holiday.png: cat \d\.\d\d, lion \d\.\d\d", said)
@@ -198,7 +198,7 @@ def test_any_photo_is_shown(here):  # noqa: F811
     assert 'run "make train"' in report("show", "holiday.png", status=1)
 
 
-def test_maps_of_a_photo_are_those_of_the_seeds_file(here):  # noqa: F811
+def test_maps_of_a_photo_are_those_of_the_seeds_file(here):
     model, network = bnr.load_classifier(Path("out"), torch.device("cpu"))
     image = read_image(Path("data/JPEGImages/toy_0001.jpg"))
     seen = pictures.look(model, image, network["crop"], (0.5,), torch.device("cpu"), False)
@@ -209,7 +209,7 @@ def test_maps_of_a_photo_are_those_of_the_seeds_file(here):  # noqa: F811
     assert float(seen["attention"].sum()) == pytest.approx(4, abs=0.5)  # blocks, less what the class token takes
 
 
-def test_figures_are_drawn_or_what_they_lack_is_named(here, monkeypatch):  # noqa: F811
+def test_figures_are_drawn_or_what_they_lack_is_named(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     said = report("figures", "--height", 32, status=1)
     assert 'no seeds in out/rows/transcam-seed0: run "make results ROWS=transcam"' in said
@@ -230,7 +230,7 @@ def test_figure_4_draws_each_row_of_table_5(rows):
     assert Image.open("out/figures/figure_4.png").size == (900, 600)
 
 
-def test_walkthrough_runs_from_top_to_bottom(here):  # noqa: F811
+def test_walkthrough_runs_from_top_to_bottom(here):
     page, text = Path("walkthrough.md"), read_text(ROOT / "docs" / "walkthrough.md")
     page.write_text(re.sub("```text\n.*?```\n", "", text, flags=re.DOTALL))
     walkthrough.rewrite(page, Path("data"), Path("out"))
