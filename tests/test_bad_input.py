@@ -115,8 +115,6 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
     "labels twice": (add("data/labels.txt", "toy_0000 unicorn"), train, "line 7 .* names toy_0000 a second time"),
     "unknown label": (put("data/labels.txt", "toy_0000 unicorn"), train, "the label 'unicorn' of toy_0000"),
     "no label": (put("data/labels.txt", "toy_0001 cat"), train, "no labels of toy_0000: not in data/labels.txt"),
-    "no class": (all_of(put("own/labels.txt", "a\n"), picture("own/a.jpg", (9, 9))), (*train, "--data", "own"),
-                 "own names 0 classes: 1 to 254"),
     "class twice": (add("data/classes.txt", "cat"), train, "data names 6 classes: 1 to 254 are needed, each once"),
     "class of two words": (add("data/classes.txt", "traffic light"), train, "'traffic light' has a space: write traf"),
     "class ..": (put("data/classes.txt", "cat\n../../evil"), train, "data has the class '../../evil', which"),

@@ -220,7 +220,9 @@ def test_coco_names_a_wrong_entry_and_writes_nothing(tmp_path, part, entry, says
 @NEEDS_COCO
 def test_coco_names_what_is_missing_or_in_the_way(tmp_path):
     path = make_coco(tmp_path) / "annotations/instances_val2014.json"
-    (tmp_path / "val2014/COCO_val2014_000000000006.jpg").unlink()
+    path.write_text((text := path.read_text()).replace("dog", "cat"))
+    assert "instances_val2014.json has other categories than the other split" in prepare_coco(tmp_path)
+    path.write_text(text), (tmp_path / "val2014/COCO_val2014_000000000006.jpg").unlink()
     assert "val2014 lacks 1 of 1 photos, first COCO_val2014_000000000006.jpg" in prepare_coco(tmp_path)
     assert not (tmp_path / "ImageSets").exists()  # half a data set has no lists
     path.unlink()

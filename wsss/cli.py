@@ -63,8 +63,7 @@ def _prepare(args):
             raise FlagError(f"argument --{setting.replace('_', '-')}: the first number is more than the second")
     args.device = pick_device(args.device, args.computes)
     if WORLD > 1:
-        how = "nccl" if args.device.type == "cuda" else "gloo"
-        dist.init_process_group(how, timeout=timedelta(hours=2))  # while the first process scores
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # scoring
     args.amp = args.computes and (args.device.type == "cuda" if args.amp is None else args.amp)
     args.precision, args.machine = precision(args.device, args.amp), device_name(args.device)
     random.seed(args.seed)

@@ -138,7 +138,7 @@ def coco(args):
         import pycocotools  # noqa: F401
     except ImportError:
         raise InputError('pycocotools is missing: run "make coco DATA=DIR", which installs it') from None
-    root, lists, labels = args.root, {}, []
+    root, lists, labels, categories = args.root, {}, [], set()
     needed = [*COCO_SPLITS.values(), *(f"annotations/instances_{split}.json" for split in COCO_SPLITS.values())]
     if missing := [name for name in needed if not (root / name).exists()]:
         raise InputError(f"{root} lacks {', '.join(missing)} of COCO 2014: put them there")
@@ -148,6 +148,9 @@ def coco(args):
         if not link.exists():
             link.symlink_to(f"../{split}")
         classes, photos = read_instances(root / "annotations" / f"instances_{split}.json")
+        categories.add(tuple(classes.items()))
+        if len(categories) > 1:
+            raise InputError(f"{root}/annotations/instances_{split}.json has other categories than the other split")
         require([root / split / file for file, *_ in photos.values()], "photos")
         lists[name], jobs = [], []
         for file, height, width, instances in photos.values():

@@ -209,9 +209,7 @@ def load_network(out, name, make, device):
 
 
 def make_psa_optimizer(model, new, lr, weight_decay, momentum, kind="sgd"):
-    """SGD with PSA's groups: lr x1 pretrained weights, x2 their biases, x10 new weights, x20 new biases; no decay of
-    biases. Or AdamW at one rate for short trainings from scratch, where SGD learns little (ours).
-    """
+    """SGD with PSA's groups: lr x1, x2 for biases, ten times that for new layers, no decay of biases; or AdamW."""
     if kind == "adamw":
         return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
     groups = {}
