@@ -165,13 +165,13 @@ def make_optimizer(model, lr, weight_decay, head_lr=1.0, transformer_lr=1.0):
 
 def train(args):
     """Train the classifier (Sec. 3.3) -> OUT/classifier/model.pth"""
-    fits = file_that_fits(args.arch)
+    hint = file_that_fits(args.arch)
     if args.crop % STRIDE:
         raise FlagError(f"--crop {args.crop} is not a multiple of {STRIDE}")
     if args.from_scratch and isinstance(args.pretrained, Path):
         raise FlagError(f"--from-scratch does not read {args.pretrained}: add --no-from-scratch, or leave the file out")
     if not (args.pretrained or args.from_scratch):
-        raise InputError(f"no weights: CONFORMER=FILE, resnet50 (--pretrained), FROM_SCRATCH=1 (--from-scratch){fits}")
+        raise InputError(f"no weights: CONFORMER=FILE, resnet50 (--pretrained), FROM_SCRATCH=1 (--from-scratch){hint}")
     prepare, resize = augment(args.crop, args.long_side), square(args.crop)
     dataset = DataSet(args.data)
     ids, val = dataset.ids("train_aug"), dataset.ids("val", required=False)
@@ -194,19 +194,19 @@ def train(args):
             args.epochs * batches.per_epoch, network, amp=args.amp, micro_batch=args.micro_batch,
             validation=(images_of_val, logits, score) if val else None)
 
-    run_stage(args, "classifier", work, dataset, hints={"pretrained": fits})
+    run_stage(args, "classifier", work, dataset, hints={"pretrained": hint})
 
 
 def load_classifier(out, device, weights=None, **told):
     """OUT/classifier, or TransCAM's in the file `weights`, `told` its "arch", "crop", "classes". -> network, these"""
-    fits = TRANSCAM_FITS.format(told["arch"]) if weights else ""
-    state, network = read_weights(weights, fits) if weights else read_trained(out, "classifier")
+    hint = TRANSCAM_FITS.format(told["arch"]) if weights else ""
+    state, network = read_weights(weights, hint) if weights else read_trained(out, "classifier")
     network = {**told, **network}
     model = Conformer(network["arch"], len(network["classes"]))
     for name, tensor in state.items():  # TransCAM's heads have an unused background class in row 0
         if name.startswith(HEADS) and len(tensor) == 1 + len(network["classes"]):
             state = {**state, name: tensor[1:]}
-    load_weights(model, state, weights or out / "classifier" / "model.pth", hint=fits)
+    load_weights(model, state, weights or out / "classifier" / "model.pth", hint=hint)
     return model.to(device, memory_format=torch.channels_last).eval(), network
 
 
@@ -226,13 +226,13 @@ def multi_scale(model, images, labels, names, device, amp):
         with autocast(device, amp):
             features, _, qks = model(torch.cat([photos, photos.flip(3)]))
             cam = class_activation_map(features, model.conv_cls_head.weight, model.conv_cls_head.bias)
-        found = {"refined": attend(qks, cam), "plain": cam.float()}
+        summands = {"refined": attend(qks, cam), "plain": cam.float()}
         if "eigen" in names:
-            both = labels.repeat(2, 1).bool()
-            found["eigen"] = torch.stack([
-                eigen_cam(f.float(), c.float()[k])[None] for f, c, k in zip(features.cpu(), cam.cpu(), both)])
+            with_mirrors = labels.repeat(2, 1).bool()
+            summands["eigen"] = torch.stack([
+                eigen_cam(f.float(), c.float()[k])[None] for f, c, k in zip(features.cpu(), cam.cpu(), with_mirrors)])
         for name in names:
-            straight, mirrored = found[name].chunk(2)
+            straight, mirrored = summands[name].chunk(2)
             maps[name].append((straight + mirrored.flip(3)).cpu())
     return maps
 

@@ -1,5 +1,6 @@
 """Shared by the tests: the command line of a script, small data sets, and weights rebuilt from their names."""
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -16,6 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
+PATH = {**os.environ, "PYTHONPATH": str(ROOT)}  # environment of a process that finds the scripts
 sys.path.insert(0, str(ROOT))
 
 from wsss.crf import CRF_LABELS, dense_crf  # noqa: E402, found by the line above
@@ -27,9 +29,8 @@ def pytest_configure(config):
 
 def run_process(module, *flags, status=0):
     """Run `python -m MODULE` as a user does, in a process of its own. -> what it printed on both streams"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", *module.split(), *map(str, flags)], capture_output=True, text=True,
-                          env=environment)
+                          env=PATH)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -64,6 +65,7 @@ def make_set(root, ids=("a", "b"), size=(20, 30)):
     return root
 
 
+@functools.lru_cache(1)
 def rebuilt(keys):
     """The weights of the reference values: each tensor drawn by a generator seeded by its name (golden/README.md)."""
     state = {}
@@ -95,8 +97,8 @@ def drawn_image(seed, n, h, w):
 
 def plain_crf(photo, labels, num_classes):
     """All labels, as published. photo: uint8 (H, W, 3), labels: uint8 (H, W)  ->  Q (S, H, W)"""
-    own, sure = labels == np.arange(num_classes)[:, None, None], CRF_LABELS["sure"]
-    scores = np.where(own, sure, (1 - sure) / (num_classes - 1)).astype(np.float32)
+    is_label, sure = labels == np.arange(num_classes)[:, None, None], CRF_LABELS["sure"]
+    scores = np.where(is_label, sure, (1 - sure) / (num_classes - 1)).astype(np.float32)
     return dense_crf(photo, scores, CRF_LABELS["gauss"], CRF_LABELS["bilateral"], CRF_LABELS["steps"])
 
 

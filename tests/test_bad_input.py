@@ -87,9 +87,9 @@ WEIGHTS = {  # what w.pth is: (what makes it, what the line says of it)
 @later
 def nan(name):
     """A weight file of ours with a value that is not a number."""
-    found = torch.load(f"out/{name}/model.pth", weights_only=True)
-    next(value for value in found["model"].values() if value.is_floating_point()).view(-1)[0] = torch.nan
-    torch.save(found, f"out/{name}/model.pth")
+    content = torch.load(f"out/{name}/model.pth", weights_only=True)
+    next(value for value in content["model"].values() if value.is_floating_point()).view(-1)[0] = torch.nan
+    torch.save(content, f"out/{name}/model.pth")
 
 
 NOTHING = all_of()
@@ -245,8 +245,8 @@ FLAGS = {  # command: wrong flags
 
 @pytest.mark.parametrize("command, flags", [(command, flags) for command in FLAGS for flags in FLAGS[command]])
 def test_a_wrong_flag_is_one_line_and_status_2(here, command, flags):
-    own = {"--preset": WHERE[:4], "--device": WHERE[:4], "--workers": WHERE[:4], "fly": ()}
-    assert str(flags[0]) in refused(2, *command, *flags, *own.get(flags[0], WHERE))
+    where = {"--preset": WHERE[:4], "--device": WHERE[:4], "--workers": WHERE[:4], "fly": ()}
+    assert str(flags[0]) in refused(2, *command, *flags, *where.get(flags[0], WHERE))
 
 
 @pytest.mark.parametrize("command", [
@@ -347,8 +347,8 @@ def as_nobody():
     ("out", 0o555, (*stage("cams"), "--fresh"), "out/cams cannot be replaced: allow writing there"),
     (".", 0o555, train, "new.*: Permission denied: allow it, or take another folder")])
 def test_what_is_not_allowed_is_said(here, path, mode, command, says):
-    for found in [here, *here.rglob("*")]:
-        found.chmod(0o777 if found.is_dir() else 0o666)
+    for entry in [here, *here.rglob("*")]:
+        entry.chmod(0o777 if entry.is_dir() else 0o666)
     Path(path).chmod(mode)
     with as_nobody():
         said = run(*command, status=1)
@@ -357,8 +357,7 @@ def test_what_is_not_allowed_is_said(here, path, mode, command, says):
 
 def test_a_process_prints_one_line_on_stderr(here):
     said = run_process("bnr", "train", "--epochs", -1, status=2)
-    says = "-1 is not a whole number of at least 0"
-    assert said == f"error: argument --epochs: {says} (bnr.py train --help lists the flags)\n"
+    assert said.startswith("error: argument --epochs: -1 is not a whole number of at least 0") and said.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback(here, monkeypatch):

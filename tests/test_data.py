@@ -116,9 +116,9 @@ def test_masks_that_contradict_the_labels_are_told(tmp_path, labels, masks, says
     dataset = DataSet(tmp_path)
     for name, values in zip("abc", masks):
         write_mask(dataset.mask(name), np.array([values], np.uint8))
-    found = contradictions(dataset, list("abc"), [classes_in(dataset.mask(name), 3) for name in "abc"])
-    assert len(found) == len(says)
-    for line, start in zip(found, says):
+    lines = contradictions(dataset, list("abc"), [classes_in(dataset.mask(name), 3) for name in "abc"])
+    assert len(lines) == len(says)
+    for line, start in zip(lines, says):
         assert re.match(start, line), line
 
 

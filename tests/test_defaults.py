@@ -38,17 +38,17 @@ OF_COCO = {"bnr train": {"epochs": 10, "batch_size": 16}}
 @pytest.mark.parametrize("command", PUBLISHED)
 def test_flags_of_voc_and_coco_have_the_published_defaults(monkeypatch, command, preset):
     script, name = command.split()
-    found = []
+    calls = []
 
     def function(args):
-        found.append(args)
+        calls.append(args)
 
     function.__name__ = name
     monkeypatch.setattr(importlib.import_module(script), name, function)
     run(script, name, "--device", "cpu", "--data", "data/set", *(("--preset", preset) if preset == "coco" else ()))
     expected = {**PUBLISHED[command], **(OF_COCO.get(command, {}) if preset == "coco" else {})}
-    assert found[0].preset == preset and found[0].seed == 0
-    assert {setting: getattr(found[0], setting) for setting in expected} == expected
+    assert calls[0].preset == preset and calls[0].seed == 0
+    assert {setting: getattr(calls[0], setting) for setting in expected} == expected
 
 
 @pytest.mark.parametrize("module, commands", [

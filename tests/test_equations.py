@@ -59,5 +59,5 @@ def test_sharp_start_makes_a_token_attend_to_its_like():
     _, (q, k) = block.attn(kinds)
     attn = bnr.mean_over_heads(bnr.attention(q, k))[0]
     assert attn[0, [0, 2, 4]].sum() > 0.99 and attn[1, [1, 3]].sum() > 0.99
-    own = (q * k).sum(-1).mean().item() / 32 ** 0.5
-    assert own == pytest.approx(60, rel=0.2)
+    logit = (q * k).sum(-1).mean().item() / 32 ** 0.5
+    assert logit == pytest.approx(60, rel=0.2)

@@ -90,11 +90,11 @@ def test_maps_losses_and_gradients_equal_the_published(small, case, n, side):
     expected.update({("bnr", noise): of_cls + part for noise, part in zip((None, 1, 2), of_noise)})
     for (loss, noise), value in expected.items():
         with torch.set_grad_enabled(noise == 1):
-            found, terms = bnr.losses(small, photos, labels, loss, noise)
-        assert found.item() == pytest.approx(value, rel=1e-4) == sum(terms.values()).item()
+            total, terms = bnr.losses(small, photos, labels, loss, noise)
+        assert total.item() == pytest.approx(value, rel=1e-4) == sum(terms.values()).item()
         if (loss, noise) == ("bnr", 1):
             small.zero_grad()
-            found.backward()
+            total.backward()
     for name, norm, first in zip(*(of_gradients[f"{case}_grad_{what}"] for what in ("names", "norms", "first"))):
         gradient = small.get_parameter(str(name)).grad
         assert gradient.norm().item() == pytest.approx(norm, rel=1e-3), name
@@ -131,40 +131,17 @@ def test_label_map_and_its_crf_equal_the_published(published, threshold):
     assert (refined == golden[f"0_crf{threshold}"]).mean() >= 0.9999
 
 
-def test_random_walk_equals_the_published(published):
-    golden, photo, classes, cams = published
-    net, tensor = published_affinitynet().eval(), data.to_tensor()(Image.fromarray(photo))
-    scores = psa.walk_scores(net, tensor, torch.from_numpy(cams), background_score=0.42, beta=14, steps=2 ** 7)
-    assert largest_difference(scores, golden["0_walk_low"]) < 1e-3
-    height, width = photo.shape[:2]
-    full = F.interpolate(scores[None], (152, 208), mode="bilinear", align_corners=False)[0, :, :height, :width]
-    assert largest_difference(full, golden["0_walk"]) < 1e-3
-    assert (np.append(0, classes)[full.argmax(0).numpy()] == golden["0_walk_label"]).mean() >= 0.999
-    assert (psa.pseudo_label(scores, classes, photo, 21) == golden["0_walk_crf"]).mean() >= 0.995
-
-
 @pytest.mark.parametrize("factor", [0.5, 0.63, 0.75, 1.25, 1.5, 1.75])
 def test_photos_and_masks_are_scaled_as_opencv_scales_them(factor):
     golden = np.load(GOLDEN / "scaling.npz")
     photo = torch.from_numpy(golden["photo"]).permute(2, 0, 1).float()
-    found = data.scale_like_opencv(photo, factor).round().clamp(0, 255).permute(1, 2, 0).numpy()
-    different = np.abs(found - golden[f"scaled_{factor}"])
-    assert found.shape == different.shape and different.max() <= 1 and (different > 0).sum() <= 1
-    rows, columns = (np.floor(np.arange(length) / factor).astype(int) for length in found.shape[:2])
+    ours = data.scale_like_opencv(photo, factor).round().clamp(0, 255).permute(1, 2, 0).numpy()
+    different = np.abs(ours - golden[f"scaled_{factor}"])
+    assert ours.shape == different.shape and different.max() <= 1 and (different > 0).sum() <= 1
+    rows, columns = (np.floor(np.arange(length) / factor).astype(int) for length in ours.shape[:2])
     mask = torch.arange(61 * 83).view(61, 83)  # each pixel a value of its own
     expected = mask[rows.clip(max=60)][:, columns.clip(max=82)]
     assert torch.equal(data.scale_like_opencv(mask[None].float(), factor, "nearest")[0].long(), expected)
-
-
-def test_the_segmenters_test_equals_the_published():
-    golden, net = np.load(GOLDEN / "segment_test.npz"), published_deeplab(scale=4).eval()
-    photo = data.to_tensor()(Image.fromarray(golden["photo"]))
-    scaled = [data.scale_like_opencv(photo, factor) for factor in defaults("segment predict", "voc")["scales"]]
-    scores = segment.probabilities(net, scaled, (97, 129)).numpy()
-    assert np.abs(scores[:, ::4, ::4] - golden["probabilities"]).max() < 1e-5
-    assert (scores.argmax(0) == golden["argmax"]).mean() >= 0.9999
-    label = dense_crf(golden["photo"], scores.clip(1e-5, 1), **CRF_SCORES).argmax(0)
-    assert (label == golden["label"]).mean() >= 0.9999
 
 
 def drawn_masks(step, values):
@@ -184,12 +161,12 @@ def assert_trains_alike(monkeypatch, folder, loop, net, optimizer, batches, loss
     monkeypatch.setattr(training, "loader", lambda *_, **how: batches)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     training.fit(run, net, optimizer, given, loss_of, 3, {}, **how)
-    found = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    for ours, expected, rel in zip(found, golden[f"{loop}_losses"].tolist(), np.broadcast_to(loss, 3), strict=True):
+    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    for ours, expected, rel in zip(losses, golden[f"{loop}_losses"].tolist(), np.broadcast_to(loss, 3), strict=True):
         assert ours == pytest.approx(expected, rel=rel)
     for name, norm, first in zip(*(golden[f"{loop}_{what}"] for what in ("names", "update_norms", "update_first"))):
-        own = str(name) if name in before else f"backbone.{name}"
-        change = net.state_dict()[own] - before[own]
+        key = str(name) if name in before else f"backbone.{name}"
+        change = net.state_dict()[key] - before[key]
         assert change.norm().item() == pytest.approx(norm, rel=update), name
         entries = np.resize(change.flatten()[:32], 32)  # repeated where they are fewer
         assert name in unsure or largest_difference(entries, first) < 2 * update, name
@@ -209,6 +186,18 @@ def test_the_classifier_trains_as_published(monkeypatch, tmp_path, loss):
     assert_trains_alike(monkeypatch, tmp_path, loss, model, optimizer, batches, loss_of, loss=1e-6, update=1e-3)
 
 
+def test_random_walk_equals_the_published(published):
+    golden, photo, classes, cams = published
+    net, tensor = published_affinitynet().eval(), data.to_tensor()(Image.fromarray(photo))
+    scores = psa.walk_scores(net, tensor, torch.from_numpy(cams), background_score=0.42, beta=14, steps=2 ** 7)
+    assert largest_difference(scores, golden["0_walk_low"]) < 1e-3
+    height, width = photo.shape[:2]
+    full = F.interpolate(scores[None], (152, 208), mode="bilinear", align_corners=False)[0, :, :height, :width]
+    assert largest_difference(full, golden["0_walk"]) < 1e-3
+    assert (np.append(0, classes)[full.argmax(0).numpy()] == golden["0_walk_label"]).mean() >= 0.999
+    assert (psa.pseudo_label(scores, classes, photo, 21) == golden["0_walk_crf"]).mean() >= 0.995
+
+
 def test_affinitynet_trains_as_published(monkeypatch, tmp_path):
     voc, net = defaults("psa train", "voc"), published_affinitynet(dropout=0)
     masks = [drawn_masks(step, [0, 0, 8, 15, 255])[:, ::psa.STRIDE, ::psa.STRIDE] for step in range(3)]
@@ -217,6 +206,17 @@ def test_affinitynet_trains_as_published(monkeypatch, tmp_path):
     loss_of = partial(psa.loss_of_pairs, radius=psa.RADIUS)
     assert_trains_alike(monkeypatch, tmp_path, "affinity", net, optimizer, batches, loss_of, loss=1e-4, update=1e-2,
                         schedule=training.falling_rate)
+
+
+def test_the_segmenters_test_equals_the_published():
+    golden, net = np.load(GOLDEN / "segment_test.npz"), published_deeplab(scale=4).eval()
+    photo = data.to_tensor()(Image.fromarray(golden["photo"]))
+    scaled = [data.scale_like_opencv(photo, factor) for factor in defaults("segment predict", "voc")["scales"]]
+    scores = segment.probabilities(net, scaled, (97, 129)).numpy()
+    assert np.abs(scores[:, ::4, ::4] - golden["probabilities"]).max() < 1e-5
+    assert (scores.argmax(0) == golden["argmax"]).mean() >= 0.9999
+    label = dense_crf(golden["photo"], scores.clip(1e-5, 1), **CRF_SCORES).argmax(0)
+    assert (label == golden["label"]).mean() >= 0.9999
 
 
 def test_the_segmenter_trains_as_published(monkeypatch, tmp_path):

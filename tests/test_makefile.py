@@ -8,8 +8,8 @@ from conftest import ROOT
 
 def make(*words, status=0):
     """What `make -n` prints."""
-    own = {name: value for name, value in os.environ.items() if "MAKE" not in name and name != "MFLAGS"}  # as typed
-    done = subprocess.run(["make", "-n", "PYTHON=py", *words], cwd=ROOT, env=own, capture_output=True, text=True)
+    typed = {name: value for name, value in os.environ.items() if "MAKE" not in name and name != "MFLAGS"}
+    done = subprocess.run(["make", "-n", "PYTHON=py", *words], cwd=ROOT, env=typed, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 

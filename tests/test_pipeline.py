@@ -46,19 +46,19 @@ def test_every_stage_writes_what_the_next_reads(here):
                                 ("pseudo_labels", train, ".png"), ("segmentation", val, ".png")):
         assert {path.name for path in Path("out", folder).iterdir()} == {*(f"{i}{ending}" for i in ids), "record.json"}
     for name in train:
-        own = {1 + dataset.classes.index(label) for label in dataset.names(name)}
+        expected = {1 + dataset.classes.index(label) for label in dataset.names(name)}
         size = read_image(dataset.image(name)).size[::-1]
         label = read_mask(Path(f"out/pseudo_labels/{name}.png"), 6, size)
         classes, cams = seeds.read_seeds(Path(f"out/cams/{name}.npz"))
-        assert set(np.unique(label)) <= {0} | own and set(classes.tolist()) == own
-        assert cams.shape == (len(own), *size) and cams.min() >= 0 and cams.max() <= 1
+        assert set(np.unique(label)) <= {0} | expected and set(classes.tolist()) == expected
+        assert cams.shape == (len(expected), *size) and cams.min() >= 0 and cams.max() <= 1
 
 
 def test_records_name_settings_inputs_device_and_precision(here):
     for name in STAGES:
-        found = record(name)
-        assert found["done"] and found["seconds"] > 0 and found["precision"] == "float32" and "CPU" in found["device"]
-        assert found["preset"] == "toy" and Path(found["data"]).name == "data" and 0.1 < found["peak_gb"] < 100
+        entry = record(name)
+        assert entry["done"] and entry["seconds"] > 0 and entry["precision"] == "float32" and "CPU" in entry["device"]
+        assert entry["preset"] == "toy" and Path(entry["data"]).name == "data" and 0.1 < entry["peak_gb"] < 100
     assert record("pseudo_labels")["inputs"] == {name: record(name)["id"] for name in ("cams", "affinitynet")}
     assert {"epochs": 1, "crop": 64, "seed": 0, "loss": "bnr"}.items() <= record("classifier")["settings"].items()
 
@@ -85,9 +85,9 @@ def test_any_photos_are_segmented_each_with_an_overlay(here):
     read_image(Path("data/JPEGImages/toy_0004.jpg")).save("in/deep/photo.PNG")
     shutil.copy("data/JPEGImages/toy_0004.jpg", "one.jpg")
     run(*PREDICT, "in", "one.jpg", *WHERE, "--scales", 0.5)
-    for found in ("deep/photo", "one"):
-        mask = Path(f"out/predictions/{found}.png")
-        assert Image.open(f"out/predictions/{found}_overlay.png").size == Image.open(mask).size
+    for photo in ("deep/photo", "one"):
+        mask = Path(f"out/predictions/{photo}.png")
+        assert Image.open(f"out/predictions/{photo}_overlay.png").size == Image.open(mask).size
         assert mask.read_bytes() == Path("out/segmentation/toy_0004.png").read_bytes()
 
 

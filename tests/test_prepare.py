@@ -237,9 +237,9 @@ def test_coco_without_pycocotools_says_how_to_install_it(tmp_path, monkeypatch):
 def problems_of(root):
     """What check names, each kind of problem in one line."""
     said = run("wsss.prepare", "check", "--data", root, status=1)
-    found = [line.removeprefix("problem: ") for line in said.splitlines() if line.startswith("problem: ")]
-    assert said_in_one_line(said) == f"error: {len(found)} problems in {root}"
-    return found
+    problems = [line.removeprefix("problem: ") for line in said.splitlines() if line.startswith("problem: ")]
+    assert said_in_one_line(said) == f"error: {len(problems)} problems in {root}"
+    return problems
 
 
 def test_check_counts_and_notes_what_breaks_nothing(tmp_path):
@@ -274,11 +274,11 @@ def test_check_looks_at_everything_before_it_fails(tmp_path):
     write_mask(tmp_path / "SegmentationClass/a.png", np.full((30, 21), 2))
     write_mask(tmp_path / "SegmentationClass/b.png", np.full((30, 20), 3))
     (tmp_path / "JPEGImages/c.jpg").write_bytes((tmp_path / "JPEGImages/c.jpg").read_bytes()[:200])
-    found = problems_of(tmp_path)
+    problems = problems_of(tmp_path)
     for says in ("'../evil', which would lead out", "val.txt is empty", "a.png is 21x30, its photo 20x30",
                  "b.png has value 3", "c.jpg"):
-        assert sum(says in line for line in found) == 1, (says, found)
-    assert len(found) == 5
+        assert sum(says in line for line in problems) == 1, (says, problems)
+    assert len(problems) == 5
     (lists / "train.txt").write_text("a\nb\nc\n")
     assert any("lacks 1 of 3 masks of train, first c.png" in line for line in problems_of(tmp_path))
     (tmp_path / "labels.txt").write_text("a cat\nb cat\nc cow\nd cat\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run, run_process
+from conftest import PATH, ROOT, run, run_process
 from PIL import Image
 from small_run import NEW, SMALL, STAGES, TRAININGS, WHERE, contents, record, refused, results, stage, stopped
 from wsss import stage as stages
@@ -30,7 +30,6 @@ OTHER = {  # a flag of each stage, and what the refusal says of it
     "affinity_labels": ("--foreground", 0.55, r"foreground 0.\d+ -> 0.55"),
     "affinitynet": ("--dropout", 0.5, "dropout 0.0 -> 0.5"), "pseudo_labels": ("--beta", 8, "beta 14.0 -> 8.0"),
     "segmenter": ("--iterations", 1, "iterations 2 -> 1"), "segmentation": ("--no-crf", "crf True -> False")}
-PATH = {**os.environ, "PYTHONPATH": str(ROOT)}
 EXPORT = ("bnr", "export", "--to", "maps")
 LIST = "data/ImageSets/Segmentation/{}.txt"
 
@@ -135,10 +134,10 @@ def test_a_data_set_is_known_by_its_lists_and_labels_not_by_its_path(here):
     moved = ("--data", "moved", "--out", "out", *SMALL)
     assert all("done already" in run(*STAGES[name], *moved) for name in STAGES)
     shutil.move("moved", "data")
-    found = record("classifier")
+    old = record("classifier")
     Path(LIST.format("val")).write_text("toy_0004\n")  # the score stays with the list that it was measured on
     assert "done already" in run(*stage("classifier"))
-    assert record("classifier") == found and found["map_n"] == 2 and found["map_of"] != DataSet("data").digest_of("val")
+    assert record("classifier") == old and old["map_n"] == 2 and old["map_of"] != DataSet("data").digest_of("val")
 
 
 @pytest.mark.parametrize("changed", [  # one class more in the middle, one less, other labels, another list
@@ -205,8 +204,8 @@ def test_what_is_deleted_or_damaged_is_made_again_and_nothing_else(here, name, d
 
 
 def test_only_the_stage_itself_sweeps_its_folder(here):
-    litter, own = Path("out/cams/.a.npz.77.wsss"), Path("out/.draft.2024.tmp")
-    kept = [own, Path("out/cams.old/a.npz"), Path("out/notes/.b.wsss")]
+    litter = Path("out/cams/.a.npz.77.wsss")
+    kept = [Path("out/.draft.2024.tmp"), Path("out/cams.old/a.npz"), Path("out/notes/.b.wsss")]
     for path in (litter, *kept):
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")

@@ -29,11 +29,11 @@ def test_confusion_over_thresholds_equals_that_of_each_thresholded_map():
     r = np.random.RandomState(0)
     mask, cams = r.choice([0, 1, 2, 3, VOID], (12, 16)).astype(np.uint8), r.rand(2, 12, 16).astype(np.float32)
     cams[0, 0, :4], classes = THRESHOLDS[[0, 30, 58, 59]], np.array([1, 3])  # the value itself counts
-    for maps, of in ((cams, classes), (cams[:0], classes[:0])):
-        found = confusion_over_thresholds(mask, of, maps, 4)
-        assert len(found) == len(THRESHOLDS) == 60
-        for matrix, threshold in zip(found, THRESHOLDS):
-            assert (matrix == confusion(mask, hard_threshold(of, maps, threshold), 4)).all()
+    for maps, present in ((cams, classes), (cams[:0], classes[:0])):
+        matrices = confusion_over_thresholds(mask, present, maps, 4)
+        assert len(matrices) == len(THRESHOLDS) == 60
+        for matrix, threshold in zip(matrices, THRESHOLDS):
+            assert (matrix == confusion(mask, hard_threshold(present, maps, threshold), 4)).all()
 
 
 def test_affinity_label_is_void_where_thresholds_disagree():

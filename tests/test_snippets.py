@@ -24,10 +24,10 @@ def named_in_the_readme():
     """Of each row of the table, in its last column: `room.function`; a name alone is not one to copy."""
     section = (ROOT / "README.md").read_text().split(f"{HEADING}\n")[1].split("\n## ")[0]
     rows = "\n".join(line for line in section.splitlines() if line.startswith("|"))
-    found = {}
+    functions = {}
     for room, function in re.findall(r"`(?:wsss[./])?(\w+)\.(?!py`)(\w+)`", rows):
-        found.setdefault(room, set()).add(function)
-    return found
+        functions.setdefault(room, set()).add(function)
+    return functions
 
 
 TABLE = named_in_the_readme()
@@ -36,14 +36,14 @@ TABLE = named_in_the_readme()
 def alone(room):
     """The functions of a room that are in the table, each executed by itself."""
     path = next(path for path in (ROOT / f"{room}.py", ROOT / "wsss" / f"{room}.py") if path.is_file())
-    source, found = path.read_text(), {}
+    source, functions = path.read_text(), {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name in TABLE[room]:
             names = {"math": math, "np": np, "torch": torch, "nn": nn, "F": F}
             exec(ast.get_source_segment(source, node), names)
-            found[node.name] = names[node.name]
-    assert found.keys() == TABLE[room]
-    return SimpleNamespace(**found)
+            functions[node.name] = names[node.name]
+    assert functions.keys() == TABLE[room]
+    return SimpleNamespace(**functions)
 
 
 bnr, seeds, psa, crf, evaluate = map(alone, ("bnr", "seeds", "psa", "crf", "evaluate"))
@@ -76,9 +76,9 @@ def test_attention_divides_by_the_root_of_the_head_width():
 
 def test_class_token_is_left_out_after_heads_are_averaged_and_blocks_summed():
     first, second = torch.rand(2, 1, 2, 3, 3)
-    found = bnr.sum_over_blocks([bnr.mean_over_heads(first), bnr.mean_over_heads(second)])
+    ours = bnr.sum_over_blocks([bnr.mean_over_heads(first), bnr.mean_over_heads(second)])
     expected = (first[0, 0] + first[0, 1] + second[0, 0] + second[0, 1])[1:, 1:] / 2
-    assert_close(found[0], expected)
+    assert_close(ours[0], expected)
 
 
 def test_attention_mixes_rows_not_columns():
@@ -152,9 +152,9 @@ def test_a_pair_is_of_one_kind_and_of_none_with_a_void_place():
 
 def test_affinity_loss_weighs_the_means_of_three_kinds_of_pairs():
     kinds = [tensor(kind, dtype=torch.bool) for kind in ([1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0])]
-    found = psa.affinity_loss(tensor([0.5, 0.25, 0.2, 0.9, 0.3]), kinds, [kind.sum() for kind in kinds])
+    ours = psa.affinity_loss(tensor([0.5, 0.25, 0.2, 0.9, 0.3]), kinds, [kind.sum() for kind in kinds])
     expected = -(math.log(0.5) + math.log(0.25)) / 2 / 4 - math.log(0.2) / 4 - math.log(1 - 0.9) / 2
-    assert found.item() == pytest.approx(expected, rel=1e-3)
+    assert ours.item() == pytest.approx(expected, rel=1e-3)
     half = psa.affinity_loss(tensor([0.5, 0.25, 0.2, 0.9, 0.3]), kinds, [2 * kind.sum() for kind in kinds])
     assert half.item() == pytest.approx(expected / 2, rel=1e-3)  # counts are those of the whole batch
     assert psa.affinity_loss(torch.rand(5), 3 * [torch.zeros(5, dtype=torch.bool)], 3 * [tensor(0)]).item() == 0
@@ -174,10 +174,10 @@ def test_walk_keeps_a_constant_map_and_mixes_by_columns():
 
 
 def test_crf_of_one_pixel_by_hand():
-    found = crf.dense_crf(np.zeros((1, 1, 3), np.uint8), np.array([0.6, 0.4], np.float32).reshape(2, 1, 1),
+    ours = crf.dense_crf(np.zeros((1, 1, 3), np.uint8), np.array([0.6, 0.4], np.float32).reshape(2, 1, 1),
                           gauss=(3, 2), bilateral=(50, 5, 4), steps=1)
     first, second = 0.6 * math.exp(6 * 0.6), 0.4 * math.exp(6 * 0.4)  # compat 2 + 4, and only itself to agree with
-    assert found.ravel().tolist() == pytest.approx([first / (first + second), second / (first + second)], rel=1e-3)
+    assert ours.ravel().tolist() == pytest.approx([first / (first + second), second / (first + second)], rel=1e-3)
 
 
 def test_crf_follows_the_photos_edge_and_removes_a_speck():
@@ -187,9 +187,9 @@ def test_crf_follows_the_photos_edge_and_removes_a_speck():
     labels = sides.copy()
     labels[3, 3], labels[8, 6] = 1, 0  # a speck, and a place just behind the edge
     scores = np.where(np.arange(2)[:, None, None] == labels, 0.7, 0.3).astype(np.float32)
-    found = crf.dense_crf(photo, scores)
-    assert (found.argmax(0) == sides).all()
-    assert found.sum(0) == pytest.approx(np.ones((12, 12)), abs=1e-5)
+    ours = crf.dense_crf(photo, scores)
+    assert (ours.argmax(0) == sides).all()
+    assert ours.sum(0) == pytest.approx(np.ones((12, 12)), abs=1e-5)
 
 
 def test_confusion_counts_masks_in_rows_and_leaves_void_out():
@@ -199,8 +199,8 @@ def test_confusion_counts_masks_in_rows_and_leaves_void_out():
 
 
 def test_iou_by_hand_and_nan_where_a_class_is_absent():
-    found = evaluate.iou(np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]]))
-    assert found[:2].tolist() == [3 / 6, 4 / 7] and np.isnan(found[2])
+    ours = evaluate.iou(np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]]))
+    assert ours[:2].tolist() == [3 / 6, 4 / 7] and np.isnan(ours[2])
     assert evaluate.iou(np.zeros((5, 2, 2))).shape == (5, 2)
 
 

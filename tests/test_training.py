@@ -49,9 +49,9 @@ def train(out, micro_batch):
 def test_micro_batches_have_the_gradient_of_the_batch(tmp_path):
     whole, losses = train(tmp_path / "0", 0)
     for micro_batch in (2, 4, 7):
-        parts, found = train(tmp_path / str(micro_batch), micro_batch)
+        parts, logged = train(tmp_path / str(micro_batch), micro_batch)
         torch.testing.assert_close(parts, whole)
-        assert len(found) == 2 and found == pytest.approx(losses, rel=1e-5)
+        assert len(logged) == 2 and logged == pytest.approx(losses, rel=1e-5)
 
 
 def test_batches_hold_each_image_once_an_epoch_in_an_order_of_the_seed(monkeypatch):
@@ -86,8 +86,8 @@ def imagenet():
 
 def test_an_imagenet_file_loads_but_for_its_heads_which_are_named(imagenet, tmp_path, capsys):
     torch.save(imagenet, tmp_path / "Conformer_tiny_patch16.pth")
-    own = start_classifier("tiny", 20, tmp_path / "Conformer_tiny_patch16.pth").state_dict()
-    assert all(torch.equal(own[k], v) for k, v in imagenet.items() if "_cls_head" not in k)
+    ours = start_classifier("tiny", 20, tmp_path / "Conformer_tiny_patch16.pth").state_dict()
+    assert all(torch.equal(ours[k], v) for k, v in imagenet.items() if "_cls_head" not in k)
     assert "fresh: trans_cls_head (2), conv_cls_head (2)" in capsys.readouterr().out
 
 
@@ -107,13 +107,13 @@ def test_a_wrong_file_is_named_with_the_one_that_fits(imagenet, tmp_path, damage
 @pytest.mark.parametrize("form", ["", "_v1", "_legacy"])
 def test_mxnet_file_gives_the_published_tensors(tmp_path, form):
     expected = json.loads((GOLDEN / "resnet38_div64.json").read_text())
-    found = resnet38.read_resnet38(GOLDEN / f"resnet38_div64{form}.params")
-    assert found.keys() == expected.keys()
+    ours = resnet38.read_resnet38(GOLDEN / f"resnet38_div64{form}.params")
+    assert ours.keys() == expected.keys()
     for name, (shape, total, absolute) in expected.items():
-        assert list(found[name].shape) == shape
-        values = found[name].double()
+        assert list(ours[name].shape) == shape
+        values = ours[name].double()
         assert [values.sum().item(), values.abs().sum().item()] == pytest.approx([total, absolute], abs=1e-4)
-    load_weights(resnet38.ResNet38(1), found, "golden")
+    load_weights(resnet38.ResNet38(1), ours, "golden")
     raw = (GOLDEN / f"resnet38_div64{form}.params").read_bytes()
     (tmp_path / "cut.params").write_bytes(raw[:len(raw) // 2])
     with pytest.raises(InputError, match="cut.params cannot be read as MXNet weights: .*: that fits"):
@@ -123,8 +123,8 @@ def test_mxnet_file_gives_the_published_tensors(tmp_path, form):
 def test_psas_pth_of_resnet38_loads_without_its_heads(tmp_path):
     state = resnet38.ResNet38(1).state_dict()
     torch.save({**state, "fc8.weight": torch.ones(20, 64, 1, 1)}, tmp_path / "res38.pth")
-    found = resnet38.read_resnet38(tmp_path / "res38.pth")
-    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    ours = resnet38.read_resnet38(tmp_path / "res38.pth")
+    assert ours.keys() == state.keys() and all(torch.equal(ours[name], state[name]) for name in state)
 
 
 @pytest.fixture(scope="module")
@@ -133,17 +133,17 @@ def resnet50():
 
 
 def test_resnet50_fills_the_first_bottlenecks_of_each_width_in_order(resnet50):
-    own, found = Conformer("small", 3).state_dict(), rename_resnet50(resnet50)
-    assert all(own[name].shape == tensor.shape for name, tensor in found.items())
+    needed, renamed = Conformer("small", 3).state_dict(), rename_resnet50(resnet50)
+    assert all(needed[name].shape == tensor.shape for name, tensor in renamed.items())
     parts = "cnn_block", "fusion_block"
     order = ["conv_1", *(f"conv_trans_{n}.{part}" for n in (2, 5, 6, 9, 10, 11) for part in parts)]
     blocks = [f"layer{layer}.{n}" for layer, count in ((1, 3), (2, 4), (3, 6)) for n in range(count)]
     for place, block in zip(order, blocks, strict=True):
-        assert found[f"{place}.conv2.weight"] is resnet50[f"{block}.conv2.weight"]
+        assert renamed[f"{place}.conv2.weight"] is resnet50[f"{block}.conv2.weight"]
     for place, block in (("conv_1", "layer1.0"), ("conv_trans_5.cnn_block", "layer2.0")):
-        assert found[f"{place}.residual_conv.weight"] is resnet50[f"{block}.downsample.0.weight"]
-        assert found[f"{place}.residual_bn.bias"] is resnet50[f"{block}.downsample.1.bias"]
-    assert len(found) == sum(not name.startswith(("layer4", "fc")) for name in resnet50)
+        assert renamed[f"{place}.residual_conv.weight"] is resnet50[f"{block}.downsample.0.weight"]
+        assert renamed[f"{place}.residual_bn.bias"] is resnet50[f"{block}.downsample.1.bias"]
+    assert len(renamed) == sum(not name.startswith(("layer4", "fc")) for name in resnet50)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def read_entries(path):
 
 def find_photos(folder, leave_out=None):
     """Paths of all photos below a folder, in order; links are followed, once. leave_out: a folder not looked into"""
-    found, visited = [], {os.path.realpath(leave_out)} if leave_out else set()
+    photos, visited = [], {os.path.realpath(leave_out)} if leave_out else set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in visited:
@@ -63,23 +63,23 @@ def find_photos(folder, leave_out=None):
             continue
         visited.add(real)
         paths = (Path(place, name) for name in names if name.lower().endswith(PHOTOS) and not name.startswith("."))
-        found += [path for path in paths if path.is_file()]  # neither fifos nor devices
-    return sorted(found)
+        photos += [path for path in paths if path.is_file()]  # neither fifos nor devices
+    return sorted(photos)
 
 
 def photos_in(paths, leave_out):
     """Of photos, and of folders but for one -> {id: path}; InputError where two have one id."""
-    found = {}
+    photos = {}
     for start in paths:
         if not (start.is_dir() or start.is_file()):
             raise InputError(f"no photo and no folder {start}")
         for path in find_photos(start, leave_out) if start.is_dir() else [start]:
             name = photo_id(path.relative_to(start).as_posix() if start.is_dir() else path.name, start)
-            if found.setdefault(name, path) != path:
-                raise InputError(f"two photos have the id {name}: {found[name]} and {path}")
-    if not found:
+            if photos.setdefault(name, path) != path:
+                raise InputError(f"two photos have the id {name}: {photos[name]} and {path}")
+    if not photos:
         raise InputError(f"no photos in {', '.join(map(str, paths))}: of {' '.join(PHOTOS)}")
-    return found
+    return photos
 
 
 class DataSet:
@@ -148,17 +148,17 @@ class DataSet:
             return []
         if path == self.root / "labels.txt":
             return list(self._labels)
-        found = {}
+        where_of = {}
         for text, mask, where in read_entries(path):
             if mask and "/" not in mask:
                 raise InputError(f"{where}: put a tab behind an id that has a blank")
             name = self.find_id(text, where)
-            if found.setdefault(name, where) != where:
+            if where_of.setdefault(name, where) != where:
                 raise InputError(f"{where} names {name} a second time")
-        if required and not found:
+        if required and not where_of:
             raise InputError(f"{path} is empty: one image id a line")
-        self._require_photos(found)
-        return list(found)
+        self._require_photos(where_of)
+        return list(where_of)
 
     def ids_of_seeds(self):
         """Of the photos that need seeds: to train on, and to score them on."""
@@ -180,8 +180,8 @@ class DataSet:
 
     def trained_on(self, ids):
         """Those of the ids that stand in train_aug or train too."""
-        seen = {*self.ids("train_aug", required=False), *self.ids("train", required=False)}
-        return [name for name in ids if name in seen]
+        trained = {*self.ids("train_aug", required=False), *self.ids("train", required=False)}
+        return [name for name in ids if name in trained]
 
     def image(self, name):
         path = self.photos / f"{name}.jpg"
@@ -214,7 +214,7 @@ class DataSet:
                 objects = ElementTree.parse(path).findall("object")
             except (OSError, ElementTree.ParseError) as error:
                 raise InputError(f"no labels of {name}: not in {self.root}/labels.txt, and {path}: {error}") from None
-            self._labels[name] = [found.findtext("name", "").strip() for found in objects]
+            self._labels[name] = [one.findtext("name", "").strip() for one in objects]
         return self._labels[name]
 
     def is_that_of(self, record):

@@ -38,13 +38,13 @@ def iou(matrix):
 
 def mean_average_precision(scores, labels):
     """Of the image labels, mean over the classes that occur. scores, labels: (n, K)  ->  float in [0, 1]"""
-    found = []
+    averages = []
     for score, label in zip(scores.T, labels.T):
         hits = label[score.argsort(descending=True, stable=True)]
         if hits.sum():
             precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
-            found.append((precision * hits).sum() / hits.sum())
-    return float(torch.stack(found).mean()) if found else float("nan")
+            averages.append((precision * hits).sum() / hits.sum())
+    return float(torch.stack(averages).mean()) if averages else float("nan")
 
 
 def confusion_over_thresholds(mask, classes, cams, num_classes):

@@ -117,12 +117,12 @@ def contradictions(dataset, names, presence):
                 f"classes are 1 to {dataset.num_classes - 1}"]
     if labels is None:
         return []
-    lines, both, count = [], labels & shown, labels.sum(0)
+    lines, agreed, count = [], labels & shown, labels.sum(0)
     for n, name in enumerate(dataset.classes):
-        if count[n] and not both[:, n].any():
+        if count[n] and not agreed[:, n].any():
             where = "only in masks of photos without that label" if shown[:, n].any() else "in none of the masks"
             lines.append(f"{name}: labelled in {count[n]} photos, {where}")
-    without = labels.any(1) & ~both.any(1)
+    without = labels.any(1) & ~agreed.any(1)
     if without.sum() > labels.any(1).sum() / 2:
         first = names[int(without.argmax())]
         lines.append(f"{without.sum()} of {labels.any(1).sum()} masks show none of their photo's labels, first {first}")

@@ -135,5 +135,5 @@ def for_each_photo(run, path_of, names, item, compute, write, device, workers, b
         run.start()
     keep = {} if batch_size else {"collate_fn": tuple}  # arrays stay arrays
     items = loader(Images(path_of, names, item), device, workers, batch_size=batch_size, **keep)
-    jobs = (job for found in items for job in compute(*found))
+    jobs = (job for inputs in items for job in compute(*inputs))
     collections.deque(in_processes(write, jobs, workers, len(names), run.what if run else "photos"), maxlen=0)

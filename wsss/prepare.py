@@ -115,11 +115,11 @@ def write_coco_mask(path, height, width, instances):
 def read_instances(path):
     """-> {category: class}, {image: (file name, height, width, [annotation, ...])} of the images with an instance"""
     try:
-        found = json.loads(read_text(path))
-        categories = sorted(found["categories"], key=lambda category: category["id"])
+        content = json.loads(read_text(path))
+        categories = sorted(content["categories"], key=lambda category: category["id"])
         classes = {category["id"]: category["name"].replace(" ", "_") for category in categories}
-        images, instances = {image["id"]: image for image in found["images"]}, {}
-        for one in found["annotations"]:
+        images, instances = {image["id"]: image for image in content["images"]}, {}
+        for one in content["annotations"]:
             value = VOID if one["iscrowd"] else 1 + list(classes).index(one["category_id"])
             instances.setdefault(one["image_id"], []).append((value, one["category_id"], one["segmentation"]))
         photos = {n: (*(images[n][key] for key in ("file_name", "height", "width")), instances[n])
@@ -155,8 +155,8 @@ def coco(args):
         lists[name], jobs = [], []
         for file, height, width, instances in photos.values():
             lists[name].append(f"{split}/{photo_id(file)}")
-            own = sorted({category for _, category, _ in instances})
-            labels.append(" ".join([lists[name][-1], *(classes[category] for category in own)]))
+            present = sorted({category for _, category, _ in instances})
+            labels.append(" ".join([lists[name][-1], *(classes[category] for category in present)]))
             if not is_whole(path := root / "SegmentationClass" / f"{lists[name][-1]}.png"):
                 jobs.append((path, height, width, [(value, shape) for value, _, shape in instances]))
         list(in_processes(write_coco_mask, jobs, args.workers, len(jobs), f"{split} masks"))
@@ -178,14 +178,14 @@ def collect(problems, work, *arguments):
 
 def look_at(files, num_classes):
     """Read photos and masks whole. [(photo, mask), ...] -> of each: problems, classes (S,) in the mask or None"""
-    found = []
+    results = []
     for photo, mask in files:
         problems, shown = [], None
         image = collect(problems, read_image, photo)
         if mask.is_file():
             shown = collect(problems, classes_in, mask, num_classes, image and image.size[::-1])
-        found.append((problems, shown))
-    return found
+        results.append((problems, shown))
+    return results
 
 
 def check(args):
@@ -212,8 +212,8 @@ def check(args):
         if split != "train_aug" and (dataset.root / "SegmentationClass").is_dir():
             collect(problems, require, masks, f"masks of {split}")
     val = splits.get("val", [])
-    if seen := collect(problems, dataset.trained_on, val):
-        problems.append(f"{len(seen)} of {len(val)} photos in val stand in train_aug or train too, first {seen[0]}")
+    if leaked := collect(problems, dataset.trained_on, val):
+        problems.append(f"{len(leaked)} of {len(val)} photos in val stand in train_aug or train too, first {leaked[0]}")
     names = sorted(set().union(*splits.values()))
     files = [(dataset.image(name), dataset.mask(name)) for name in names]
     jobs = [(files[at:at + CHUNK], dataset.num_classes) for at in range(0, len(files), CHUNK)]

@@ -124,7 +124,7 @@ def settings_of(command):
 
 def defaults(command, preset):
     """-> {setting: value} of "script command" """
-    column, found = PRESETS.index(preset), {}
+    column, settings = PRESETS.index(preset), {}
     for name, (values, *_) in settings_of(command).items():
-        found[name] = values[0] if column >= len(values) or values[column] is ... else values[column]
-    return found
+        settings[name] = values[0] if column >= len(values) or values[column] is ... else values[column]
+    return settings

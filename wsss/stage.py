@@ -153,9 +153,9 @@ def older_than(out, name):
     """Why a stage is out of date: an earlier one was made again since, whole or for a photo. -> a line, or None"""
     record = read_record(out, name)
     for source, source_id in record["inputs"].items():
-        found = find_record(out, source) or {"id": None}
-        again = found.get("again", {}).items() - record.get("seen", {}).items()
-        if found["id"] != source_id or any((out / name / f"{photo}.png").is_file() for photo, _ in again):
+        newest = find_record(out, source) or {"id": None}
+        again = newest.get("again", {}).items() - record.get("seen", {}).items()
+        if newest["id"] != source_id or any((out / name / f"{photo}.png").is_file() for photo, _ in again):
             return f"older than the {STAGES[source][0]}: make {STAGES[name][1]}"
         if older := older_than(out, source):
             return older
@@ -190,11 +190,11 @@ class Stage:
         self.resumed = self.complete = False
         inputs, self.again, self.seen = {}, [], {}  # seen: photo: how often its seed was made again alone
         for source in reads:
-            found = require_same(out, source, preset, dataset)
+            source_record = require_same(out, source, preset, dataset)
             if older := older_than(out, source):
                 raise InputError(f"{STAGES[source][0]} in {out}: {older}")
-            inputs[source] = found["id"]
-            self.seen.update(found.get("again", {}))
+            inputs[source] = source_record["id"]
+            self.seen.update(source_record.get("again", {}))
         out.mkdir(parents=True, exist_ok=True)
         self.lock = open(out / f".{name}.lock", "w")  # goes with the process, however that ends, or with this object
         try:
@@ -216,9 +216,9 @@ class Stage:
 
     def _take_up(self):
         """Go on with the finished or unfinished result, or begin anew; InputError where that would lose one."""
-        found = [(folder, find_record(self.out, folder.name)) for folder in (self.done, self.part)]
-        found = [(folder, record) for folder, record in found if record]
-        for folder, record in found:
+        records = [(folder, find_record(self.out, folder.name)) for folder in (self.done, self.part)]
+        records = [(folder, record) for folder, record in records if record]
+        for folder, record in records:
             if self._changes(record) or record["inputs"] != self.record["inputs"]:
                 continue
             model = folder / "model.pth"
@@ -227,7 +227,7 @@ class Stage:
                 continue
             self.record, self.complete, self.resumed = record, folder == self.done, folder == self.part
             return
-        for folder, record in found:
+        for folder, record in records:
             if changed := self._changes(record):
                 raise InputError(f"{folder} was made with other settings: {changed}: {ANOTHER} or FRESH=1 (--fresh)")
             stale = [STAGES[source][0] for source, new in self.record["inputs"].items()

@@ -201,7 +201,7 @@ def toy_picture(rng):
         picture.paste((24, 24, 40), None, shadow)
         picture.paste(layers[n], (x0, y0), layers[n])
     pixels = np.asarray(picture) * rng.uniform(0.92, 1.06, 3) + rng.normal(0, 2, (height, width, 3))
-    mask, seen = np.array([0] + labels, np.uint8)[owner], Image.fromarray(owner)
-    highest, lowest = seen.filter(ImageFilter.MaxFilter(3)), seen.filter(ImageFilter.MinFilter(3))
+    mask, owners = np.array([0] + labels, np.uint8)[owner], Image.fromarray(owner)
+    highest, lowest = owners.filter(ImageFilter.MaxFilter(3)), owners.filter(ImageFilter.MinFilter(3))
     mask[np.asarray(highest) != np.asarray(lowest)] = 255
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), mask

@@ -51,9 +51,9 @@ class Batches:
     def shares(self, start, stop):
         """What the loader is to read for each of these steps: (index, random seed) of this process's images."""
         each = self.batch_size // WORLD
-        own = slice(RANK * each, (RANK + 1) * each)
+        mine = slice(RANK * each, (RANK + 1) * each)
         for step in range(start, stop):
-            yield [(index, seed_of(1, self.seed, step, index)) for index in self.indices(step)[own]]
+            yield [(index, seed_of(1, self.seed, step, index)) for index in self.indices(step)[mine]]
 
 
 def train_step(model, optimizer, batch, loss_of, scaler, seed, mixed, micro_batch=0):
@@ -64,10 +64,10 @@ def train_step(model, optimizer, batch, loss_of, scaler, seed, mixed, micro_batc
     """
     labels = batch[1]
     if dist.is_initialized():
-        shares = [torch.empty_like(labels) for _ in range(WORLD)]
-        dist.all_gather(shares, labels)
-        labels = torch.cat(shares)
-    found, size = collections.Counter(), micro_batch or len(batch[0])
+        gathered = [torch.empty_like(labels) for _ in range(WORLD)]
+        dist.all_gather(gathered, labels)
+        labels = torch.cat(gathered)
+    sums, size = collections.Counter(), micro_batch or len(batch[0])
     optimizer.zero_grad(set_to_none=True)
     for start in range(0, len(batch[0]), size):
         torch.manual_seed(seed_of(*seed, RANK * len(batch[0]) + start))
@@ -75,7 +75,7 @@ def train_step(model, optimizer, batch, loss_of, scaler, seed, mixed, micro_batc
             loss, terms = loss_of(model, [x[start:start + size] for x in batch], labels)
         scaler.scale(loss).backward()
         for name, value in {"loss": loss, **terms}.items():
-            found[name] += value.detach()
+            sums[name] += value.detach()
     if dist.is_initialized():  # each process has its share of the loss
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -84,19 +84,19 @@ def train_step(model, optimizer, batch, loss_of, scaler, seed, mixed, micro_batc
             gradient.copy_(part.view_as(gradient))
     scaler.step(optimizer)
     scaler.update()
-    return found
+    return sums
 
 
 @torch.inference_mode()
 def outputs(model, images, compute, batches, device, mixed):
     """compute(model, batch) of all `images`, in their order, by as many as there are in a batch."""
     model.eval()
-    found = []
+    computed = []
     for batch in loader(images, device, batches.workers, batch_size=batches.batch_size):
         with mixed:
-            found.append(compute(model, batch.to(device)).cpu())
+            computed.append(compute(model, batch.to(device)).cpu())
     model.train()
-    return torch.cat(found)
+    return torch.cat(computed)
 
 
 def _resume(checkpoint, run, parts):
@@ -119,7 +119,7 @@ def _means(run, block, step, device):
     """The mean loss and terms of some steps, over all processes; InputError where one is not finite."""
     means = {}
     for name in block[0]:
-        values = torch.stack([torch.as_tensor(found[name], dtype=torch.float32) for found in block]).cpu()
+        values = torch.stack([torch.as_tensor(sums[name], dtype=torch.float32) for sums in block]).cpu()
         if dist.is_initialized():  # each process has its share of the loss
             values = values.to(device)
             dist.all_reduce(values)

@@ -21,8 +21,8 @@ def read_weights(path, hint=""):
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds for a foreign file, and advises to load it unsafely
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds more than tensors ({found[1]})" if found else "is damaged"
+        kind = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds more than tensors ({kind[1]})" if kind else "is damaged"
         raise InputError(f"{path} {what}, and is not read{hint}") from None
     network = state.get("network") if isinstance(state, dict) else {}
     for key in ("model", "state_dict"):
@@ -48,20 +48,20 @@ def load_weights(model, state, path, heads=(), partial=False, hint=""):
     heads: prefixes of names whose tensors may be missing or of another shape, and then start fresh.
     partial: the file may lack more than that. Returns the names left fresh.
     """
-    own = model.state_dict()
+    needed = model.state_dict()
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-    known = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    fresh = [k for k in own if k not in known and not k.endswith("num_batches_tracked")]
+    known = {k: v for k, v in state.items() if k in needed and v.shape == needed[k].shape}
+    fresh = [k for k in needed if k not in known and not k.endswith("num_batches_tracked")]
     wrong = [k for k in state if k not in known and not k.startswith(tuple(heads))]
     lacking = [k for k in fresh if not k.startswith(tuple(heads))]
     if wrong or not known or (lacking and not partial):
         example = (wrong or lacking or fresh)[0]
-        theirs, ours = (tuple(d[example].shape) if example in d else "absent" for d in (state, own))
+        theirs, ours = (tuple(d[example].shape) if example in d else "absent" for d in (state, needed))
         counts = f"{len(wrong)} tensors too many or of another shape, {len(lacking)} missing"
         raise InputError(f"{path} does not fit: {counts}, first {example} (file {theirs}, network {ours}){hint}")
     if bad := next((k for k, v in known.items() if not v.float().isfinite().all()), None):
         raise InputError(f"{path}: {bad} has values that are not finite{hint}")
-    model.load_state_dict({**own, **{k: v.float() for k, v in known.items()}})
+    model.load_state_dict({**needed, **{k: v.float() for k, v in known.items()}})
     if fresh:
         groups = collections.Counter(".".join(name.rsplit(".", 1)[0].split(".")[:2]) for name in fresh)
         print(f"{path}: {len(known)} tensors loaded; fresh: " + ", ".join(f"{g} ({n})" for g, n in groups.items()))
