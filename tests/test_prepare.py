@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import make_set, run
 from PIL import Image
+from small_run import stopped
 
 from wsss import prepare
 from wsss.data import DataSet
@@ -50,16 +51,7 @@ def test_a_toy_set_is_a_data_set_without_problems_and_is_drawn_once(tmp_path):
 
 
 def test_an_interrupted_toy_set_is_drawn_again(tmp_path, monkeypatch):
-    plain, count = prepare.toy_picture, []
-
-    def stop(rng):
-        count.append(1)
-        if len(count) == 3:
-            raise KeyboardInterrupt
-        return plain(rng)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "toy_picture", stop)
+    with stopped(monkeypatch, prepare, "toy_picture", 3):
         draw(tmp_path / "a", status=130)
     assert not (tmp_path / "a").exists()
     draw(tmp_path / "a"), draw(tmp_path / "b")
@@ -203,6 +195,7 @@ def test_coco_masks_labels_and_lists_by_hand(tmp_path):
     ("annotations", annotation(70, 8, 2, []), "instances_train2014.json: KeyError 8"),
     ("annotations", annotation(70, 9, 3, []), "instances_train2014.json: ValueError 3 is not in list"),
     ("annotations", {"id": 70, "image_id": 9, "iscrowd": 0, "category_id": 2}, "KeyError 'segmentation'"),
+    ("annotations", annotation(70, 9, 2, {"size": [4, 6], "counts": 3}), "annotation of COCO_train2014_000000000009 is "),
     ("images", {"file_name": "../../evil.jpg"}, "lacks 1 of 3 photos, first evil.jpg"),
     ("images", None, "instances_train2014.json: JSONDecodeError")])
 def test_coco_names_a_wrong_entry_and_writes_nothing(tmp_path, part, entry, says):

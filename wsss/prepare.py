@@ -26,7 +26,6 @@ from wsss.toy import TOY_CLASSES, toy_picture
 VOC_SIZES = {"train_aug": 10582, "train": 1464, "val": 1449, "test": 1456}
 COCO_SPLITS = {"train_aug": "train2014", "val": "val2014"}
 COCO_SIZES = {"train_aug": 82081, "val": 40137}  # photos with an instance
-CHUNK = 100  # photos that a process reads at a time
 
 
 def toy(args):
@@ -105,8 +104,11 @@ def decode(segmentation, height, width):
 
 def write_coco_mask(path, height, width, instances):
     """Paint [(value, segmentation)]: the smaller lies on top, of two equally large ones the later."""
-    shapes = [(decode(shape, height, width), value) for value, shape in instances]
     mask = np.zeros((height, width), np.uint8)
+    try:
+        shapes = [(decode(shape, height, width), value) for value, shape in instances]
+    except Exception as error:  # pycocotools raises many kinds
+        raise InputError(f"an annotation of {path.stem} is damaged: {type(error).__name__} {error}") from None
     for shape, value in sorted(shapes, key=lambda pair: pair[0].sum(), reverse=True):
         mask[shape] = value
     write_mask(path, mask)
@@ -176,16 +178,13 @@ def collect(problems, work, *arguments):
         problems.append(str(error))
 
 
-def look_at(files, num_classes):
-    """Read photos and masks whole. [(photo, mask), ...] -> of each: problems, classes (S,) in the mask or None"""
-    results = []
-    for photo, mask in files:
-        problems, shown = [], None
-        image = collect(problems, read_image, photo)
-        if mask.is_file():
-            shown = collect(problems, classes_in, mask, num_classes, image and image.size[::-1])
-        results.append((problems, shown))
-    return results
+def look_at(photo, mask, num_classes):
+    """Read a photo and its mask whole. -> problems, bool (S,) of the classes in the mask, or None"""
+    problems, shown = [], None
+    image = collect(problems, read_image, photo)
+    if mask.is_file():
+        shown = collect(problems, classes_in, mask, num_classes, image and image.size[::-1])
+    return problems, shown
 
 
 def check(args):
@@ -215,10 +214,9 @@ def check(args):
     if leaked := collect(problems, dataset.trained_on, val):
         problems.append(f"{len(leaked)} of {len(val)} photos in val stand in train_aug or train too, first {leaked[0]}")
     names = sorted(set().union(*splits.values()))
-    files = [(dataset.image(name), dataset.mask(name)) for name in names]
-    jobs = [(files[at:at + CHUNK], dataset.num_classes) for at in range(0, len(files), CHUNK)]
-    results = in_processes(look_at, jobs, min(8, os.cpu_count() or 1), len(jobs), f"photos, by {CHUNK}", pool_from=11)
-    for (told, classes), name in zip((one for chunk in results for one in chunk), names):
+    jobs = ((dataset.image(name), dataset.mask(name), dataset.num_classes) for name in names)
+    results = in_processes(look_at, jobs, min(8, os.cpu_count() or 1), len(names), "photos", pool_from=1000)
+    for (told, classes), name in zip(results, names):
         problems += told
         if classes is not None:
             shown[name] = classes

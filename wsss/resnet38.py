@@ -14,9 +14,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from wsss.stage import FlagError, InputError
 from wsss.weights import fetch, load_weights, read_trained, read_weights
 
-RESNET38 = "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"  # its ImageNet weights
 FITS = {  # of each flag, how a message ends that tells which file fits
-    "resnet38": f": {RESNET38}, or PSA's or SEAM's .pth, fits",
+    "resnet38": ": ilsvrc-cls_rna-a1_cls1000_ep-0001.params, or PSA's or SEAM's .pth, fits",
     "backbone_weights": ": torchvision's resnet50 on ImageNet fits"}
 MXNET_NAMES = {"gamma": "weight", "beta": "bias"}
 

@@ -227,13 +227,14 @@ class Stage:
                 continue
             self.record, self.complete, self.resumed = record, folder == self.done, folder == self.part
             return
+        stale = []
         for folder, record in records:
             if changed := self._changes(record):
                 raise InputError(f"{folder} was made with other settings: {changed}: {ANOTHER} or FRESH=1 (--fresh)")
-            stale = [STAGES[source][0] for source, new in self.record["inputs"].items()
-                     if record["inputs"].get(source) != new]
-            if stale:
-                print(f"{self.what}: made again, as the {' and the '.join(stale)} changed")
+            stale += [STAGES[source][0] for source, new in self.record["inputs"].items()
+                      if record["inputs"].get(source) != new]
+        if stale:
+            print(f"{self.what}: made again, as the {' and the '.join(dict.fromkeys(stale))} changed")
 
     def _changes(self, record):
         """Settings in which a record differs from what is asked for, as text."""
