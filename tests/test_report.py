@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests" / "scripts"))
 import walkthrough  # noqa: E402, found by the line above
 
 HOSTILE = ["cat", "<script>boom()</script>", '"><img/src=x/onerror=boom()>']  # names of classes
-PHOTOS = ["a", "b", "<b>c", 'd"50%', "e", "f"]  # four of train, two of val
+PHOTOS = ["a", "b", "<b>c", 'd"50%', "e", "deep/f"]  # four of train, two of val
 
 
 def report(command, *flags, status=0):
@@ -100,7 +100,7 @@ def made(tmp_path, monkeypatch):
         write_lines(f"data/ImageSets/Segmentation/{name}.txt", lines)
     write_lines("data/labels.txt", [f"{name} {HOSTILE[n % 3]}" for n, name in enumerate(PHOTOS)])
     write_lines("data/classes.txt", HOSTILE)
-    Path("data/JPEGImages").mkdir()
+    Path("data/JPEGImages/deep").mkdir(parents=True)
     for n, name in enumerate(PHOTOS):
         rng, size = np.random.RandomState(n), (48, 64 - 8 * n)
         Image.fromarray(rng.randint(0, 255, (*size, 3)).astype(np.uint8)).save(f"data/JPEGImages/{name}.jpg")
@@ -142,7 +142,7 @@ def test_gallery_has_every_picture_the_worst_first_and_names_as_text(made):
     report("gallery")
     page = Page()
     pictures = {unquote(attributes["src"]): attributes for tag, attributes in page.tags if tag == "img"}
-    assert list(pictures) == [f"val/{name}.jpg" for name in "fe"] + [f"train/{name}.jpg" for name in PHOTOS[3::-1]]
+    assert list(pictures) == [f"val/{name}.jpg" for name in PHOTOS[:3:-1]] + [f"train/{name}.jpg" for name in PHOTOS[3::-1]]
     for file, attributes in pictures.items():
         size = int(attributes["width"]), int(attributes["height"])
         assert attributes["loading"] == "lazy" and Image.open(Path("out/report", file)).size == size
@@ -151,7 +151,7 @@ def test_gallery_has_every_picture_the_worst_first_and_names_as_text(made):
     assert any("scored before the pseudo labels was made again" in text for text in page.text)
 
 
-@pytest.mark.parametrize("flags, rows", [([], 4), (["--first", 2], 2), (["--ids", "a.jpg", "f"], 2)])
+@pytest.mark.parametrize("flags, rows", [([], 4), (["--first", 2], 2), (["--ids", "a.jpg", "deep/f"], 2)])
 def test_show_has_a_row_a_photo_and_notes_what_is_older_than_its_input(made, flags, rows):
     assert "note: the pseudo labels in out: older than the seeds: make psa" in report("show", *flags, "--height", 40)
     assert Image.open("out/show.png").height == 6 + rows * (20 + 40 + 6)

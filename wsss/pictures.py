@@ -85,7 +85,8 @@ def stages_of(dataset, name, out, kinds=("refined",), threshold=0.4):
               "pseudo label": pseudo_label, "segmentation": segmentation}
     for title, path in labels.items():
         if isinstance(path, Path):
-            again = f': delete it and run "make {STAGES[path.parent.name][1]}"' if path.is_relative_to(out) else ""
+            stage = next((stage for stage in STAGES if path.is_relative_to(out / stage)), None)
+            again = f': delete it and run "make {STAGES[stage][1]}"' if stage else ""
             try:
                 labels[title] = read_mask(path, dataset.num_classes, photo.shape[1:]) if path.is_file() else None
             except InputError as error:
