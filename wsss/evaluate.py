@@ -132,7 +132,7 @@ class Scorer:
         masks = [self.dataset.mask(name) for name in ids]
         require(masks, "masks")
         jobs, total = ((mask, *job) for mask, job in zip(masks, jobs)), 0
-        for name, counts in zip(ids, in_processes(work, jobs, self.workers, len(ids), what, pool_from=1000)):
+        for counts, name in zip(in_processes(work, jobs, self.workers, len(ids), what, pool_from=1000), ids):
             self.presence[name] = counts[0].sum(1)[:self.dataset.num_classes] > 0
             total = total + counts
         return total
