@@ -6,7 +6,7 @@ $(foreach name,DATA OUT CONFORMER RESNET38 BACKBONE_WEIGHTS,$(if $(strip $(call 
   $(error $(name) has a blank or a sign that a shell reads: take another name)))
 DATA ?= data/toy
 override DATA := $(patsubst ./%,%,$(DATA:%/=%))
-OUT     ?= out/$(notdir $(abspath $(DATA)))
+OUT     ?= out/$(notdir $(or $(realpath $(DATA)),$(abspath $(DATA))))
 PRESET  ?= $(if $(filter data/toy,$(DATA)),toy,voc)
 SEED    ?= 0
 SEEDS   ?= 0 1 2
@@ -20,7 +20,7 @@ TOY     := $(if $(filter data/toy,$(DATA)),data/toy/toy.json)
 TRAIN   := $(if $(GPUS),$(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(GPUS),$(PYTHON))
 COMMON  := --data $(DATA) --out $(OUT) --preset $(PRESET) --seed $(SEED) $(if $(DEVICE),--device $(DEVICE)) \
            $(call on,FRESH,--fresh)
-SCRATCH := $(call on,FROM_SCRATCH,--from-scratch)
+SCRATCH := $(if $(FROM_SCRATCH),$(or $(call on,FROM_SCRATCH,--from-scratch),--no-from-scratch))
 WEIGHTS := $(SCRATCH) $(if $(CONFORMER),--pretrained $(CONFORMER))
 BACK    := $(SCRATCH) $(if $(RESNET38),--resnet38 $(RESNET38)) $(if $(BACKBONE),--backbone $(BACKBONE)) \
            $(if $(BACKBONE_WEIGHTS),--backbone-weights $(BACKBONE_WEIGHTS))
@@ -84,7 +84,7 @@ row.%: row = $(word 1,$(subst ., ,$*))
 row.%: seed = $(word 2,$(subst ., ,$*))
 row.%:
 	$(MAKE) train cams $(if $(filter $(row),$(FURTHER)),psa seg) eval SEED=$(seed) \
-	  OUT=$(OUT)/rows/$(row)-seed$(seed) TRAIN_FLAGS="$(LOSS_$(row)) $(TRAIN_FLAGS)" \
+	  OUT=$(OUT)/rows/$(row)-seed$(seed) TRAIN_FLAGS="$(or $(LOSS_$(row)),$(error no row $(row) in Table 5)) $(TRAIN_FLAGS)" \
 	  CAMS_FLAGS="$(if $(filter $(row),$(FURTHER)),,--split train) $(CAMS_FLAGS)"
 check: $(ENV) $(TOY)
 	$(PYTHON) -m wsss.prepare check --data $(DATA)

@@ -17,11 +17,12 @@ from torchvision.transforms import v2
 
 from conformer import HEADS, STRIDE, TRANSFORMER, Conformer, file_that_fits, start_classifier
 from wsss.cli import Commands, run_stage
-from wsss.data import MEAN_COLOUR, DataSet, Images, random_long_side, square, to_tensor
+from wsss.data import JITTER, MEAN_COLOUR, DataSet, Images, random_long_side, square, to_tensor
 from wsss.evaluate import mean_average_precision
 from wsss.pool import autocast, for_each_photo
+from wsss.presets import defaults
 from wsss.seeds import eigen_cam, read_seeds, write_seeds
-from wsss.stage import EARLIER, FlagError, InputError, require_same, write
+from wsss.stage import EARLIER, FlagError, InputError, note_if_older, require_same, write
 from wsss.training import Batches, fit
 from wsss.weights import load_weights, read_trained, read_weights
 
@@ -102,7 +103,7 @@ def attend(qks, maps):
 
 
 def noisy_logits(qks, refined, noise):
-    """GAP(M**), eqs. 6 and 7: Ā* M* = `attend` of M* over the number of blocks, with queries and keys held constant.
+    """GAP(M**), eqs. 6 and 7: Ā* M* = `attend` of M* by the number of blocks, with queries and keys held constant.
 
     qks: list of (q, k), each (B, H, 1+N, D/H); refined: M* (B, K, h, w)  ->  (B, K)
     """
@@ -115,11 +116,6 @@ def forward(model, images):
     features, token, qks = model(images)
     cam = class_activation_map(features, model.conv_cls_head.weight, model.conv_cls_head.bias)
     return cam, cam.float().mean((2, 3)) + model.trans_cls_head(token), qks
-
-
-def logits(model, images):
-    """z, of the image labels. (B, 3, H, W)  ->  (B, K)"""
-    return forward(model, images)[1]
 
 
 def losses(model, images, labels, loss, noise):
@@ -141,7 +137,7 @@ def augment(crop, long_side):
     """PIL photo -> float32 (3, crop, crop)"""
     return v2.Compose([
         lambda photo: random_long_side(photo, *long_side), v2.RandomHorizontalFlip(),
-        v2.ColorJitter(0.3, 0.3, 0.3, 0.1), v2.RandomCrop(crop, pad_if_needed=True, fill=MEAN_COLOUR),
+        v2.ColorJitter(*JITTER), v2.RandomCrop(crop, pad_if_needed=True, fill=MEAN_COLOUR),
         to_tensor()])
 
 
@@ -168,8 +164,8 @@ def train(args):
     hint = file_that_fits(args.arch)
     if args.crop % STRIDE:
         raise FlagError(f"--crop {args.crop} is not a multiple of {STRIDE}")
-    if args.from_scratch and isinstance(args.pretrained, Path):
-        raise FlagError(f"--from-scratch does not read {args.pretrained}: add --no-from-scratch, or leave the file out")
+    if args.from_scratch and args.pretrained != defaults("bnr train", args.preset)["pretrained"]:
+        raise FlagError(f"--from-scratch does not read {args.pretrained}: FROM_SCRATCH=0 (--no-from-scratch) does")
     if not (args.pretrained or args.from_scratch):
         raise InputError(f"no weights: CONFORMER=FILE, resnet50 (--pretrained), FROM_SCRATCH=1 (--from-scratch){hint}")
     prepare, resize = augment(args.crop, args.long_side), square(args.crop)
@@ -192,13 +188,13 @@ def train(args):
         network = {"arch": args.arch, "classes": dataset.classes, "crop": args.crop}
         fit(run, model, optimizer, batches, partial(loss_of_images, loss=args.loss, noise=args.noise),
             args.epochs * batches.per_epoch, network, amp=args.amp, micro_batch=args.micro_batch,
-            validation=(images_of_val, logits, score) if val else None)
+            validation=(images_of_val, lambda model, images: forward(model, images)[1], score) if val else None)
 
     run_stage(args, "classifier", work, dataset, hints={"pretrained": hint})
 
 
 def load_classifier(out, device, weights=None, **told):
-    """OUT/classifier, or TransCAM's in the file `weights`, `told` its "arch", "crop", "classes". -> network, these"""
+    """The classifier of OUT, or of TransCAM's file `weights`, with arch, crop, classes as `told`. -> network, these"""
     hint = TRANSCAM_FITS.format(told["arch"]) if weights else ""
     state, network = read_weights(weights, hint) if weights else read_trained(out, "classifier")
     network = {**told, **network}
@@ -248,16 +244,16 @@ def cams(args):
         model, network = load_classifier(args.out, args.device, args.weights, arch=args.arch, crop=args.crop,
                                          classes=dataset.classes)
         if network["classes"] != dataset.classes:
-            raise InputError(f"{args.weights} is of other classes: {' '.join(network['classes'])}")
+            raise InputError(f"{args.weights} was trained on other classes: {' '.join(network['classes'])}")
         resize = [square(side) for side in sides(network["crop"], args.scales)]
 
         def item(name, photo):
             return name, *photo.size[::-1], [shrink(photo) for shrink in resize]
 
         def compute(ids_here, heights, widths, images):
-            full = [n % len(ids_here) for n in range(args.batch_size)]  # a short batch is filled up, for the same bytes
-            rows = torch.stack([labels[ids_here[n]] for n in full])
-            maps = multi_scale(model, [x[full].to(args.device) for x in images], rows, names, args.device, args.amp)
+            filled = [n % len(ids_here) for n in range(args.batch_size)]  # seeds must not depend on the batch
+            rows = torch.stack([labels[ids_here[n]] for n in filled])
+            maps = multi_scale(model, [x[filled].to(args.device) for x in images], rows, names, args.device, args.amp)
             for n, name in enumerate(ids_here):
                 classes = labels[name].nonzero()[:, 0]
                 chosen = {kind: [(scale[n] if kind == "eigen" else scale[n, classes]).numpy() for scale in scales]
@@ -266,9 +262,9 @@ def cams(args):
 
         for_each_photo(run, dataset.image, todo, item, compute, write_seeds, args.device, 0, args.batch_size)
 
-    of_file = () if args.weights else ("arch", "crop")  # what our own classifier tells itself
+    of_weights = () if args.weights else ("arch", "crop")  # our own classifier holds its own
     run_stage(args, "cams", work, dataset, reads=() if args.weights else ("classifier",), ids=ids, ending=".npz",
-              ignore=("batch_size", "seed", *of_file), hints={"weights": TRANSCAM_FITS.format(args.arch)},
+              ignore=("batch_size", "seed", *of_weights), hints={"weights": TRANSCAM_FITS.format(args.arch)},
               is_part=bool(args.split))
 
 
@@ -276,12 +272,14 @@ def export(args):
     """Write the seeds of every photo as DIR/ID/CLASS.npy, float32 (H, W) in [0, 1], for other people's code."""
     dataset, folder = DataSet(args.data), args.out / "cams"
     require_same(args.out, "cams", args.preset, dataset)
+    note_if_older(args.out, "cams")
     for path in sorted(folder.rglob("[!.]*.npz")):
         if EARLIER in path.parts:  # of a result that is being replaced
             continue
+        maps = args.to / path.relative_to(folder).with_suffix("")
+        maps.mkdir(parents=True, exist_ok=True)  # also of a photo without classes
         for c, cam in zip(*read_seeds(path)):
-            to = args.to / path.relative_to(folder).with_suffix("") / f"{dataset.classes[c - 1]}.npy"
-            write(to, lambda file, cam=cam: np.save(file, cam))
+            write(maps / f"{dataset.classes[c - 1]}.npy", lambda file, cam=cam: np.save(file, cam))
     print(args.to)
 
 

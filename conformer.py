@@ -4,7 +4,7 @@
 ResNet-50. Parameter names are those of the authors' checkpoints.
 
     from conformer import Conformer
-    features, token, qk = Conformer("small", num_classes)(images)
+    features, token, qks = Conformer("small", num_classes)(images)
 """
 import math
 from collections import OrderedDict
@@ -29,7 +29,7 @@ LN_EPS, BN_EPS = 1e-6, 1e-6  # the stem's bn1 and trans_norm keep torch's 1e-5, 
 DROP_PATH = 0.1  # of the last stage; grows linearly from 0
 HEADS = ("conv_cls_head", "trans_cls_head")
 TRANSFORMER = ("trans_1.", "trans_patch_conv.", "trans_norm.", "cls_token", ".trans_block.", ".squeeze_block.")
-HEAD_STD = 0.01  # of the CAM head beside ResNet-50's features: at Kaiming's its maps are noise that drowns them
+HEAD_STD = 0.01  # of the CAM head's weights beside ResNet-50's features; with Kaiming's its maps are noise
 
 
 class Attention(nn.Module):
@@ -153,7 +153,7 @@ class Conformer(nn.Module):
     images: (B, 3, H, W), sides multiples of 16  ->
     features: (B, C, H/16, W/16) of the CNN branch, the f of eq. 1 (`conv_cls_head` makes M of them)
     token: (B, D) class token after `trans_norm` (`trans_cls_head` makes logits of it)
-    qk: one (queries, keys) a block, each (B, heads, 1+N, D/heads), N = H/16 * W/16
+    qks: one (queries, keys) a block, each (B, heads, 1+N, D/heads), N = H/16 * W/16
     """
 
     def __init__(self, arch, num_classes):
@@ -228,7 +228,7 @@ def rename_resnet50(state):
 
 
 def init_identity(model, fresh, coupling=0.1):
-    """Where ResNet-50 gave the convolution branch: it starts (almost) as the network that it comes from.
+    """With ResNet-50's weights in the convolution branch, the network starts (almost) as ResNet-50.
 
     Tokens join it with BatchNorm scale `coupling` (at 0 the ReLU behind would stay dead); a fresh bottleneck passes its
     input on. fresh: names of the tensors that the file did not give
@@ -251,7 +251,7 @@ def file_that_fits(arch):
 
 
 def start_classifier(arch, num_labels, pretrained=None, sharpness=60.0):
-    """A Conformer with the weights of a file, but for its heads; transformer blocks that stay fresh start sharp.
+    """A Conformer with a file's weights, but for its heads; blocks that the file lacks start with sharp attention.
 
     pretrained: Conformer's or torchvision's ResNet-50's file, or "resnet50", which fetches that
     """

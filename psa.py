@@ -17,12 +17,12 @@ from torchvision.transforms import v2
 
 from wsss.cli import Commands, run_stage
 from wsss.crf import CRF_LABELS, crf_from_labels
-from wsss.data import DataSet, Images, to_tensor
+from wsss.data import JITTER, DataSet, Images, to_tensor
 from wsss.masks import VOID, read_mask, write_made
 from wsss.pool import autocast, for_each_photo
 from wsss.resnet38 import FITS, freeze_batch_norm, load_network, make_psa_optimizer, start_network
 from wsss.seeds import hard_threshold, read_seeds
-from wsss.stage import FlagError, InputError, require
+from wsss.stage import FlagError, require
 from wsss.training import Batches, falling_rate, fit
 
 STRIDE = 8  # pixels of the photo one affinity feature stands for
@@ -174,10 +174,7 @@ def item_with_seeds(out, ids):
     require([out / "cams" / f"{name}.npz" for name in ids], "seeds", ': run "make cams"')
 
     def item(name, photo):
-        path = out / "cams" / f"{name}.npz"
-        classes, cams = read_seeds(path)
-        if cams.shape[1:] != photo.size[::-1]:
-            raise InputError(f'{path} is of a photo of another size: delete it and run "make cams"')
+        classes, cams = read_seeds(out / "cams" / f"{name}.npz", photo_size=photo.size[::-1])
         return f"{name}.png", np.array(photo), classes, cams
     return item
 
@@ -234,7 +231,7 @@ def augment_pair(crop):
 
     PIL photo, tv_tensors.Mask (H, W)  ->  float32 (3, crop, crop), Mask (crop, crop)
     """
-    return v2.Compose([v2.ColorJitter(0.3, 0.3, 0.3, 0.1), v2.RandomCrop(crop, pad_if_needed=True, fill=0),
+    return v2.Compose([v2.ColorJitter(*JITTER), v2.RandomCrop(crop, pad_if_needed=True, fill=0),
                        v2.RandomHorizontalFlip(), to_tensor()])
 
 
@@ -280,7 +277,7 @@ def walk_scores(net, photo, cams, background_score, beta, steps):
     maps = F.pad(torch.cat([torch.full_like(photo[:1], background_score), cams]), pad)
     features = net(F.pad(photo, pad)[None])
     radius = radius_for(*features.shape[2:])
-    with torch.autocast(photo.device.type, enabled=False):  # rounded 2^7 times a constant map would not stay one
+    with torch.autocast(photo.device.type, enabled=False):  # in half a constant map would not stay one
         return sparse_walk(F.avg_pool2d(maps, STRIDE), affinities(features, radius)[0], radius, beta, steps)
 
 

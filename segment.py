@@ -23,7 +23,7 @@ from wsss.masks import VOID, classes_in, contradictions, overlay, read_mask, wri
 from wsss.pool import autocast, for_each_photo
 from wsss.presets import whole
 from wsss.resnet38 import FITS, freeze_batch_norm, load_network, make_psa_optimizer, start_network
-from wsss.stage import require, require_same, write
+from wsss.stage import note_if_older, require, require_same, write
 from wsss.training import Batches, falling_rate, fit
 
 MOMENTUM = 0.9
@@ -76,7 +76,7 @@ class DeepLab(nn.Module):
 
 
 def segmentation_loss(logits, labels, pixels):
-    """Cross-entropy at full size, void (255) ignored, divided by how many pixels of the whole batch count.
+    """Cross-entropy at full size, void (255) ignored, divided by the number of labelled pixels in the whole batch.
 
     logits: (B, S, h, w), labels: (B, H, W), pixels: scalar  ->  scalar
     """
@@ -191,6 +191,7 @@ def predict_paths(args):
     folder, is_out = args.out / "predictions", args.out.resolve() in map(Path.resolve, args.paths)
     photos = photos_in(args.paths, leave_out=folder if is_out else args.out)
     require_same(args.out, "segmenter", args.preset)
+    note_if_older(args.out, "segmenter")
     if there := [name for name in photos if (folder / f"{name}.png").exists()]:
         print(f"note: {len(there)} masks in {folder} will be overwritten, first {there[0]}.png")
     segment(args, photos.get, list(photos), folder)

@@ -25,6 +25,7 @@ TRAININGS = ("classifier", "affinitynet", "segmenter")
 SMALL = ("--preset", "toy", "--device", "cpu", "--workers", 0)
 WHERE = ("--data", "data", "--out", "out", *SMALL)
 NEW = ("--data", "data", "--out", "new", *SMALL)
+EXPORT = ("bnr", "export", "--to", "maps")
 
 
 @contextlib.contextmanager

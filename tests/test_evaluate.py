@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_set, run
-from small_run import WHERE
+from small_run import NEW, WHERE
 
 from wsss.masks import VOID, read_mask, write_mask
 from wsss.stage import read_json
+
+
+TINY = ("--iterations", 0, "--crop", 64, "--batch-size", 2, "--width", 1)
 
 
 def rows_of(said):
@@ -53,13 +56,21 @@ def test_map_stands_beside_the_list_it_was_measured_on(here):
     lists = here / "data/ImageSets/Segmentation"
     (lists / "val.txt").write_text("toy_0004\n")
     line = rows_of(score())["classifier"]
-    assert re.search(r"val +2 ", line) and "of another list val: make train FRESH=1" in line
+    assert re.search(r"val +2 ", line) and "measured on another list val: make train FRESH=1" in line
 
 
 def test_photos_of_val_that_were_trained_on_are_told_beside_the_row(here):
     with open(here / "data/ImageSets/Segmentation/train.txt", "a") as file:
         file.write("toy_0004\n")
-    assert "1 of these photos stand in train_aug or train too, and were trained on" in rows_of(score())["segmenter"]
+    assert "1 of these photos stand in train or train_aug too, and were trained on" in rows_of(score())["segmenter"]
+    run("segment", "train", *WHERE, "--train-list", "val", "--labels", "data/SegmentationClass", *TINY, "--fresh")
+    assert "2 of these photos stand in train or train_aug or val too" in rows_of(score())["segmenter"]
+
+
+def test_affinity_labels_are_scored_on_the_photos_that_have_some(here):
+    for lines, says in (("toy_0000\n", r"train +1 .*0.60/0.25"), ("toy_0004\n", r"train +0 .*no photos to score")):
+        (here / "data/ImageSets/Segmentation/train_aug.txt").write_text(lines)
+        assert re.search(says, rows_of(score())["affinity labels"])
 
 
 @pytest.mark.parametrize("folder", [("--masks", "data/SegmentationClass"), ()])
@@ -77,14 +88,13 @@ def test_a_class_that_its_masks_do_not_show_is_told_where_masks_are_trained_on(h
     for path in Path("data/SegmentationClass").iterdir():
         mask = read_mask(path)
         write_mask(path, np.where(mask == 5, 0, mask))
-    flags = ("--labels", "data/SegmentationClass", "--iterations", 0, "--crop", 64, "--batch-size", 2, "--width", 1)
-    said = run("segment", "train", "--data", "data", "--out", "new", *WHERE[4:], *flags)
+    said = run("segment", "train", *NEW, "--labels", "data/SegmentationClass", *TINY)
     assert "doubtful: data/SegmentationClass: lion: labelled in 4 photos, in none of the masks" in said
 
 
 def test_a_damaged_prediction_is_an_error_and_a_missing_one_is_told(here):
     (here / "out/segmentation/toy_0004.png").unlink()
-    assert "1 of 2 segmentation are missing, first toy_0004: make seg" in rows_of(score())["segmenter"]
+    assert "1 of 2 segmentations are missing, first toy_0004: make seg" in rows_of(score())["segmenter"]
     root = make_set(here / "set", "ab")
     (root / "ImageSets/Segmentation/train.txt").write_text("a\n")
     said = run("wsss.evaluate", "--data", root, "--masks", root / "JPEGImages", status=1)

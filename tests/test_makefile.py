@@ -25,7 +25,8 @@ def test_a_path_that_a_shell_would_read_is_refused_in_a_line(variable, path):
     ("1", True), ("yes", True), ("0", False), ("no", False), ("false", False), ("", False)])
 def test_a_switch_is_on_or_off(value, flag):
     assert ("--fresh" in make("eval", f"FRESH={value}")) == flag
-    assert ("--from-scratch" in make("train", f"FROM_SCRATCH={value}")) == flag
+    said = make("train", f"FROM_SCRATCH={value}")
+    assert ("--from-scratch" in said) == flag and ("--no-from-scratch" in said) == (not flag and value != "")
 
 
 def test_a_switch_of_another_word_is_refused():
@@ -40,6 +41,11 @@ def test_out_and_preset_follow_from_the_data_set(data, preset, out):
     assert f"--out {out} --preset {preset} " in said
 
 
+def test_a_link_to_the_data_set_has_the_out_that_python_gives_it(tmp_path):
+    (tmp_path / "set").mkdir(), (tmp_path / "link").symlink_to("set")
+    assert "--out out/set " in make("cams", f"DATA={tmp_path}/link")
+
+
 def test_results_runs_each_loss_and_random_seed_and_goes_on_with_some():
     said = make("results", "OUT=o", "SEEDS=0 1", "ROWS=transcam noise-x2", "TRAIN_FLAGS=--epochs 3")
     trainings = [line for line in said.splitlines() if line.startswith("py bnr.py train")]
@@ -48,3 +54,4 @@ def test_results_runs_each_loss_and_random_seed_and_goes_on_with_some():
     assert all("--epochs 3" in line for line in trainings) and "--loss transcam" in trainings[0]
     assert "--loss bnr --noise 2" in trainings[1] and "--seed 1" in trainings[2]
     assert said.count("segment.py predict") == 2 and said.count("wsss.evaluate") == 4 and "report tables" in said
+    assert "no row foo in Table 5" in make("results", "ROWS=foo", status=2)

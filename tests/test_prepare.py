@@ -195,7 +195,7 @@ def test_coco_masks_labels_and_lists_by_hand(tmp_path):
     ("annotations", annotation(70, 8, 2, []), "instances_train2014.json: KeyError 8"),
     ("annotations", annotation(70, 9, 3, []), "instances_train2014.json: ValueError 3 is not in list"),
     ("annotations", {"id": 70, "image_id": 9, "iscrowd": 0, "category_id": 2}, "KeyError 'segmentation'"),
-    ("annotations", annotation(70, 9, 2, {"size": [4, 6], "counts": 3}), "annotation of COCO_train2014_000000000009 is "),
+    ("annotations", annotation(70, 9, 2, {"size": [4, 6], "counts": 3}), "annotation of COCO_train2014_000000000009"),
     ("images", {"file_name": "../../evil.jpg"}, "lacks 1 of 3 photos, first evil.jpg"),
     ("images", None, "instances_train2014.json: JSONDecodeError")])
 def test_coco_names_a_wrong_entry_and_writes_nothing(tmp_path, part, entry, says):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import PATH, ROOT, run, run_process
 from PIL import Image
-from small_run import NEW, SMALL, STAGES, TRAININGS, WHERE, contents, record, refused, results, stage, stopped
+from small_run import EXPORT, NEW, SMALL, STAGES, TRAININGS, WHERE, contents, record, refused, results, stage, stopped
 from wsss import stage as stages
 from wsss import training
 from wsss.data import DataSet
@@ -30,7 +30,6 @@ OTHER = {  # a flag of each stage, and what the refusal says of it
     "affinity_labels": ("--foreground", 0.55, r"foreground 0.\d+ -> 0.55"),
     "affinitynet": ("--dropout", 0.5, "dropout 0.0 -> 0.5"), "pseudo_labels": ("--beta", 8, "beta 14.0 -> 8.0"),
     "segmenter": ("--iterations", 1, "iterations 2 -> 1"), "segmentation": ("--no-crf", "crf True -> False")}
-EXPORT = ("bnr", "export", "--to", "maps")
 LIST = "data/ImageSets/Segmentation/{}.txt"
 
 
@@ -77,6 +76,9 @@ def test_fresh_starts_over_where_an_interrupted_run_would_go_on(here, monkeypatc
     assert Path("new/classifier.part/checkpoint.pth").is_file()
     said = run(*flags, "--fresh")
     assert "0/8" in said and record("classifier", "new")["id"] != unfinished
+    with stopped(monkeypatch, training, "train_step", 4):
+        run(*flags, "--fresh", status=130)
+    assert "6/8" in run(*flags) and "done already" in run(*flags)
     steps = [json.loads(line)["step"] for line in Path("new/classifier/log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4] and not Path("new/classifier/checkpoint.pth").exists()
 
@@ -105,14 +107,18 @@ def test_a_stop_between_the_renames_is_settled_by_the_stage_itself(here, monkeyp
     assert "done already" in run(*stage(name), *flags) and not temporary()
 
 
-@pytest.mark.parametrize("name, flags, lost", [
-    ("segmentation", ("--first", 1), 1), ("segmentation", ("--ids", "toy_0004"), 1), ("cams", ("--split", "val"), 4)])
-def test_a_part_made_again_does_not_replace_the_whole(here, name, flags, lost):
-    says = f"{lost} files of out/{name} would be lost: drop --first, --ids, --split"
+@pytest.mark.parametrize("name, flags, lost, target", [
+    ("segmentation", ("--first", 1), 1, "seg"), ("segmentation", ("--ids", "toy_0004"), 1, "seg"),
+    ("cams", ("--split", "val"), 4, "cams")])
+def test_a_part_made_again_does_not_replace_the_whole(here, monkeypatch, name, flags, lost, target):
+    says = f'{lost} files of out/{name} would be lost: run "make {target}" first, and this without --fresh'
     assert says in refused(1, *stage(name), *flags, "--fresh")
     assert "done already" in run(*stage(name))
-    if name == "segmentation":  # nor where it is made again as its input changed
+    if name == "segmentation":  # nor where it is made again as its input changed, from nothing or from a part
         run(*stage("segmenter"), "--fresh")
+        assert says in refused(1, *stage(name), *flags)
+        with stopped(monkeypatch, stages.Stage, "finish"):
+            run(*stage(name), status=130)
         assert says in refused(1, *stage(name), *flags)
 
 
@@ -158,7 +164,7 @@ def test_other_classes_lists_or_labels_than_a_stage_was_made_from_are_refused(he
                                      ("segment", "predict", "data/JPEGImages")])
 def test_another_preset_is_refused(here, command):
     line = refused(1, *command, *WHERE, "--preset", "small", "--no-amp")
-    assert "was made with another preset: add --preset toy" in line
+    assert "is of another preset: add PRESET=toy (--preset)" in line
 
 
 def test_a_weight_file_is_known_by_its_bytes_not_by_its_name(here):
@@ -185,6 +191,8 @@ def test_what_hangs_on_an_earlier_input_is_refused_and_made_again(here, monkeypa
         run(*stage("cams"), "--fresh", status=130)
     run(*stage("classifier"), "--lr", 2e-3, "--fresh")
     assert "seeds in out: older than the classifier: make cams" in refused(1, *stage("affinity_labels"))
+    assert "note: the seeds in out: older than the classifier: make cams" in run(*EXPORT, *WHERE)
+    assert "note: the segmenter in out: older than the" in run("segment", "predict", "data/JPEGImages", *WHERE)
     assert "segmenter in out: older than the classifier: make cams" in refused(1, *stage("segmentation"))
     for name, source in (("cams", "classifier"), ("affinity_labels", "seeds"), ("affinitynet", "affinity labels"),
                          ("pseudo_labels", "seeds and the AffinityNet"), ("segmenter", "pseudo labels"),
@@ -224,6 +232,7 @@ def test_a_changed_photo_is_named_with_what_mends_it(here):
     for name in ("affinity_labels", "pseudo_labels"):
         assert 'toy_0000.npz is of a photo of another size: delete it and run "make cams"' in refused(
             1, *stage(name), "--fresh")
+        shutil.rmtree(f"out/{name}.part")  # which would be gone on with
     Path("out/cams/toy_0000.npz").unlink()
     run(*stage("cams"))
     assert "pseudo labels in out: older than the seeds: make psa" in refused(1, *stage("segmenter"))
@@ -254,7 +263,7 @@ def test_a_process_that_is_stopped_leaves_no_lock_and_says_how_to_go_on(here, nu
     process.send_signal(number)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == status and "Traceback" not in said and "Error" not in said
-    assert said.endswith("\nstopped: the same command goes on from here\n") == (number == signal.SIGINT)
+    assert said.endswith(", goes on from here\n") == (number == signal.SIGINT)
     run(*STAGES["classifier"], *NEW, "--fresh")
 
 
@@ -267,7 +276,8 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(here, monkeypatch, name):
     monkeypatch.setattr(training, "LOG_STEPS", 1)
     shutil.rmtree(f"out/{name}")
     with stopped(monkeypatch, training, "train_step", 4):
-        assert "stopped: the same command goes on from here" in run(*stage(name), *steps, status=130)
+        said = run(*stage(name), *steps, status=130)
+    assert said.endswith("\nstopped: the same command, without --fresh (FRESH=1), goes on from here\n")
     assert "6/12" in run(*stage(name), *steps)
     assert results(name) == whole and not temporary()
 

@@ -63,15 +63,11 @@ def test_cam_of_a_head_that_reads_one_channel_is_that_channel():
     assert_close(cam[0, 1], 0.5 - 2 * features[0, 0])
 
 
-def test_attention_rows_sum_to_one():
-    q, k = torch.randn(2, 2, 2, 10, 8)
-    assert_close(bnr.attention(q, k).sum(-1), torch.ones(2, 2, 10))
-
-
-def test_attention_divides_by_the_root_of_the_head_width():
+def test_attention_divides_by_the_root_of_the_head_width_and_its_rows_sum_to_one():
     q, k = torch.ones(1, 1, 1, 4), torch.stack([torch.zeros(4), torch.ones(4)])[None, None]
     expected = torch.softmax(tensor([0.0, 4 / 2]), 0)  # 1 + 1 + 1 + 1 = 4, over sqrt(4)
     assert_close(bnr.attention(q, k)[0, 0, 0], expected)
+    assert_close(bnr.attention(*torch.randn(2, 2, 2, 10, 8)).sum(-1), torch.ones(2, 2, 10))
 
 
 def test_class_token_is_left_out_after_heads_are_averaged_and_blocks_summed():
@@ -178,18 +174,6 @@ def test_crf_of_one_pixel_by_hand():
                           gauss=(3, 2), bilateral=(50, 5, 4), steps=1)
     first, second = 0.6 * math.exp(6 * 0.6), 0.4 * math.exp(6 * 0.4)  # compat 2 + 4, and only itself to agree with
     assert ours.ravel().tolist() == pytest.approx([first / (first + second), second / (first + second)], rel=1e-3)
-
-
-def test_crf_follows_the_photos_edge_and_removes_a_speck():
-    photo = np.zeros((12, 12, 3), np.uint8)
-    photo[:, 6:] = 255
-    sides = (photo[..., 0] > 0).astype(int)
-    labels = sides.copy()
-    labels[3, 3], labels[8, 6] = 1, 0  # a speck, and a place just behind the edge
-    scores = np.where(np.arange(2)[:, None, None] == labels, 0.7, 0.3).astype(np.float32)
-    ours = crf.dense_crf(photo, scores)
-    assert (ours.argmax(0) == sides).all()
-    assert ours.sum(0) == pytest.approx(np.ones((12, 12)), abs=1e-5)
 
 
 def test_confusion_counts_masks_in_rows_and_leaves_void_out():

@@ -11,7 +11,6 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ TOY = Path("data/toy")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Adds each flag's default; where it has none its text may say what is taken."""
+    """Shows each flag's default; the text of a flag without one may tell what is used."""
 
     def _get_help_string(self, action):
         if action.default in (None, "", argparse.SUPPRESS):
@@ -77,8 +76,8 @@ class Commands:
     def __init__(self, doc, script):
         self.script, self.parser, self.commands = script, Parser(description=doc, formatter_class=Help), None
 
-    def add(self, function, summary=None, is_run=True, computes=True):
-        """A sub-command, or all of a script, without a summary. is_run: reads or writes OUT; computes: on --device."""
+    def add(self, function, summary=None, uses_out=True, computes=True):
+        """A sub-command, or all of a script, without a summary. uses_out: works in OUT; computes: on --device."""
         parser, name = self.parser, self.script
         if summary:
             if self.commands is None:
@@ -87,7 +86,7 @@ class Commands:
                                               description=inspect.getdoc(function))
             name = f"{name} {function.__name__}"
         parser.set_defaults(function=function, parser=parser, name=name, computes=computes)
-        if is_run:
+        if uses_out:
             data, preset = _data_and_preset()
             parser.add_argument("--data", type=Path, default=data, help="data set")
             parser.add_argument("--out", type=Path, default=Path("out") / data.resolve().name,
@@ -114,7 +113,6 @@ class Commands:
     def run(self):
         if sys.stderr is None:  # closed: whatever is opened next would become it
             sys.stderr = open(os.devnull, "w")
-        args = SimpleNamespace(parser=self.parser)
         try:
             args = self.parser.parse_args()
             if "preset" in args:
@@ -122,18 +120,18 @@ class Commands:
             args.function(args)
             print(end="", flush=True)  # here, where a pipe that is closed ends in no traceback
         except KeyboardInterrupt:
-            print("\nstopped: the same command goes on from here", file=sys.stderr)
+            print("\nstopped: the same command, without --fresh (FRESH=1), goes on from here", file=sys.stderr)
             sys.exit(130)
         except FlagError as error:
             args.parser.error(str(error))
         except InputError as error:  # from a loader's worker the message comes with a traceback in front
             sys.exit(f"error: {re.sub('^.*InputError: ', '', str(error).strip().splitlines()[-1])}")
-        except BrokenProcessPool:
-            sys.exit("error: a worker process died, perhaps out of memory: try fewer --workers")
         except BrokenPipeError:  # `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except (MemoryError, RuntimeError) as error:
+            if isinstance(error, BrokenProcessPool) or "DataLoader worker" in str(error):
+                sys.exit("error: a worker process died, perhaps out of memory: try fewer --workers")
             is_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
             if not is_memory and "DefaultCPUAllocator" not in str(error):
                 raise
@@ -152,7 +150,7 @@ def run_stage(args, name, work, dataset, reads=(), ids=None, ending=".png", igno
     """What every stage does around its work: is it done, may it begin, how did it go.
 
     work(run), or work(run, todo) of a stage that makes one file a photo, of `ids`
-    ignore: settings that do not change this result; hints: {flag: how a message ends that tells which file fits}
+    ignore: settings that do not change this result; hints: {flag: the end of its error, which file fits}
     """
     settings = {"seed": args.seed, "precision": args.precision,
                 "data_set": dataset.digest_of(getattr(args, "train_list", "train_aug"))}

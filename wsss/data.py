@@ -21,6 +21,7 @@ from wsss.masks import VOID
 from wsss.stage import InputError, read_text, require
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of RGB in [0, 1]
+JITTER = 0.3, 0.3, 0.3, 0.1  # of brightness, contrast, saturation, hue (TransCAM)
 MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # endings, in either case
 NO_CLASSES = ("background", "_background_", "bg", "__ignore__", "void", "unlabeled")
@@ -44,7 +45,7 @@ def photo_id(text, source="the list"):
 
 
 def read_entries(path):
-    """Its lines, each an id, which ends at a tab or else the first blank, the rest, and what errors call the line."""
+    """The lines of a file -> (id, rest, how errors name the line). The id ends at a tab, else at the first blank."""
     entries = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         text, _, rest = line.strip(" ").partition("\t" if "\t" in line else " ")
@@ -72,7 +73,7 @@ def photos_in(paths, leave_out):
     photos = {}
     for start in paths:
         if not (start.is_dir() or start.is_file()):
-            raise InputError(f"no photo and no folder {start}")
+            raise InputError(f"{start} is neither a photo nor a folder")
         for path in find_photos(start, leave_out) if start.is_dir() else [start]:
             name = photo_id(path.relative_to(start).as_posix() if start.is_dir() else path.name, start)
             if photos.setdefault(name, path) != path:
@@ -178,9 +179,9 @@ class DataSet:
             raise InputError(f"{where} names {text}, but the photo is {path.name}")
         return name
 
-    def trained_on(self, ids):
-        """Those of the ids that stand in train_aug or train too."""
-        trained = {*self.ids("train_aug", required=False), *self.ids("train", required=False)}
+    def trained_on(self, ids, lists=("train_aug", "train")):
+        """Those of the ids that stand in a list to train on too."""
+        trained = set().union(*(self.ids(split, required=False) for split in lists))
         return [name for name in ids if name in trained]
 
     def image(self, name):

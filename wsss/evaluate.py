@@ -163,23 +163,26 @@ def out_of_date(out, name, record, dataset=None):
 def stage_rows(scorer, out, records):
     """A row a stage: scored on the photos that have a file, with a note of what is missing or out of date."""
     dataset = scorer.dataset
-    splits = {split: dataset.ids(split, required=False) for split in ("train", "val")}
-    has_masks, rows = (dataset.root / "SegmentationClass").is_dir(), []
-    trained_on = len(dataset.trained_on(splits["val"]))
+    splits = {split: dataset.ids(split, required=False) for split in ("train_aug", "train", "val")}
+    lists = sorted({record["settings"].get("train_list", "train_aug") for record in records.values()} | {"train"})
+    trained_on, rows = len(dataset.trained_on(splits["val"], lists)), []
 
     def add(title, split, name, ending, score):
         ids, (what, target) = splits[split], STAGES[name]
+        if name == "affinity_labels":  # made of train_aug alone
+            ids = [one for one in ids if one in set(splits["train_aug"])]
+        has_masks = any(dataset.mask(one).is_file() for one in ids)
         have = [one for one in ids if is_whole(out / name / f"{one}{ending}")] if name in records else []
         row = {"stage": title, "of": name, "id": records.get(name, {}).get("id"), "split": split,
                "n": len(have) or len(ids)}
         if not has_masks or not have:
-            row["note"] = "no masks" if not has_masks else f"no {split}.txt" if not ids else f"not run: make {target}"
+            row["note"] = f"not run: make {target}" if has_masks else "no masks" if ids else "no photos to score"
             return rows.append(row)
         if len(have) < len(ids):
             missing = next(one for one in ids if one not in set(have))
             row["missing"] = f"{len(ids) - len(have)} of {len(ids)} {what} are missing, first {missing}: make {target}"
         if split == "val" and trained_on:
-            row["trained_on"] = f"{trained_on} of these photos stand in train_aug or train too, and were trained on"
+            row["trained_on"] = f"{trained_on} of these photos stand in {' or '.join(lists)} too, and were trained on"
         rows.append({**row, **score(have), **out_of_date(out, name, records[name], dataset)})
 
     if classifier := records.get("classifier"):
@@ -187,7 +190,7 @@ def stage_rows(scorer, out, records):
                "n": classifier.get("map_n", 0), "note": "not measured", "map": classifier.get("map"),
                **out_of_date(out, "classifier", classifier, dataset)}
         if row["map"] is not None and classifier["map_of"] != dataset.digest_of("val"):
-            row.setdefault("stale", "of another list val: make train FRESH=1")
+            row.setdefault("stale", "measured on another list val: make train FRESH=1")
         rows.append(row)
     for kind, title in (("plain", "plain CAM"), ("eigen", "Eigen-CAM"), ("refined", "refined seeds")):
         if kind == "refined" or "cams" in records and records["cams"]["settings"][kind]:

@@ -43,17 +43,17 @@ def refuse_renumbered(path, values, colours):
             raise InputError(f"{path}: index {n} has VOC's colour of {index[colour]}: keep its palette, or save as RGB")
 
 
-def read_mask(path, num_classes=None, size=None):
+def read_mask(path, num_classes=None, size=None, remedy=""):
     """An index PNG -> uint8 (H, W). Colours of PASCAL VOC's palette become their index, with a line saying so.
 
-    num_classes: values must lie below it, or be VOID; size: (H, W) that the mask must have.
+    num_classes: values must lie below it, or be VOID; size: (H, W) that the mask must have; remedy: ends its errors
     """
     require([path], "masks")
     try:
         mask = Image.open(path)
         mode, values, colours = mask.mode, np.array(mask), mask.getpalette()
     except Exception as error:  # Pillow raises many kinds
-        raise InputError(f"cannot read {path}: {error}") from None
+        raise InputError(f"cannot read {path}: {error}{remedy}") from None
     if mode in ("RGB", "RGBA"):
         note(f"masks in {path.parent} are in colours, read as PASCAL VOC's palette")
         table, code = np.full(1 << 24, -1, np.int16), np.array([1 << 16, 1 << 8, 1])
@@ -68,11 +68,11 @@ def read_mask(path, num_classes=None, size=None):
     if mode == "P":
         refuse_renumbered(path, values, colours)
     if num_classes and (worst := int(values[values != VOID].max(initial=0))) >= num_classes:
-        raise InputError(f"{path} has value {worst}, but there are {num_classes} classes with background")
+        raise InputError(f"{path} has value {worst}, but there are {num_classes} classes with background{remedy}")
     if size and values.shape != tuple(size):
         (h, w), (H, W) = values.shape, size
         turned = ": sides swapped, as where a photo is turned by its EXIF entry and the mask is not"
-        raise InputError(f"{path} is {w}x{h}, its photo {W}x{H}" + turned * ((h, w) == (W, H)))
+        raise InputError(f"{path} is {w}x{h}, its photo {W}x{H}" + turned * ((h, w) == (W, H)) + remedy)
     return values.astype(np.uint8)
 
 

@@ -2,7 +2,6 @@
 
     python -m wsss.report show|gallery|figures    -> OUT/show.png, OUT/report/, OUT/figures/
 """
-from pathlib import Path
 from string import Template
 
 import torch
@@ -13,7 +12,7 @@ import bnr
 from wsss.data import read_image, square
 from wsss.masks import overlay, palette, read_mask
 from wsss.seeds import hard_threshold, read_seeds
-from wsss.stage import STAGES, InputError
+from wsss.stage import STAGES
 
 MAPS = {"plain": "plain CAM", "eigen": "Eigen-CAM", "refined": "refined CAM"}
 FONT = ImageFont.load_default(size=13)
@@ -35,7 +34,7 @@ def heat(photo, classes, maps):
 
 
 def glow(photo, values):
-    """The photo, darkened, under a map in black, red, yellow, white, its least black and its most white.
+    """The photo, darkened, under a map in black (its lowest value), red, yellow, white (its highest).
 
     photo: uint8 (3, H, W), values: (h, w)  ->  uint8 (3, H, W)
     """
@@ -75,22 +74,15 @@ def stages_of(dataset, name, out, kinds=("refined",), threshold=0.4):
     photo, path = pil_to_tensor(read_image(dataset.image(name))), out / "cams" / f"{name}.npz"
     cams, seed = dict.fromkeys(MAPS[kind] for kind in kinds), None
     for kind in kinds if path.is_file() else ():
-        classes, maps = read_seeds(path, kind)
-        (h, w), (H, W) = maps.shape[1:], photo.shape[1:]
-        if (h, w) != (H, W):
-            raise InputError(f'{path} is {w}x{h}, its photo {W}x{H}: delete it and run "make cams"')
+        classes, maps = read_seeds(path, kind, photo.shape[1:])
         cams[MAPS[kind]], seed = heat(photo, classes, maps), hard_threshold(classes, maps, threshold)
-    pseudo_label, segmentation = (out / stage / f"{name}.png" for stage in ("pseudo_labels", "segmentation"))
-    labels = {"ground truth": dataset.mask(name), f"seed at {threshold:.2f}": seed,
-              "pseudo label": pseudo_label, "segmentation": segmentation}
-    for title, path in labels.items():
-        if isinstance(path, Path):
-            stage = next((stage for stage in STAGES if path.is_relative_to(out / stage)), None)
-            again = f': delete it and run "make {STAGES[stage][1]}"' if stage else ""
-            try:
-                labels[title] = read_mask(path, dataset.num_classes, photo.shape[1:]) if path.is_file() else None
-            except InputError as error:
-                raise InputError(f"{error}{again}") from None
+
+    def read(path, remedy=""):
+        return read_mask(path, dataset.num_classes, photo.shape[1:], remedy) if path.is_file() else None
+
+    labels = {"ground truth": read(dataset.mask(name)), f"seed at {threshold:.2f}": seed}
+    for title, stage in (("pseudo label", "pseudo_labels"), ("segmentation", "segmentation")):
+        labels[title] = read(out / stage / f"{name}.png", f': delete it and run "make {STAGES[stage][1]}"')
     drawn = {title: None if label is None else overlay(photo, label) for title, label in labels.items()}
     return {"photo": photo, "ground truth": drawn.pop("ground truth"), **cams, **drawn}, labels
 

@@ -117,7 +117,7 @@ def _pooled(work, jobs, workers):
 
 
 def in_processes(work, jobs, workers, total, what, pool_from=2):
-    """Yield work(*job) of each job, in order, from processes where there are as many jobs as are worth their start."""
+    """Yield work(*job) of each job, in order; in processes where there are enough jobs to make these worthwhile."""
     with bar(total, what) as progress:
         results = _pooled(work, jobs, workers) if workers and total >= pool_from else (work(*job) for job in jobs)
         for result in results:

@@ -240,18 +240,18 @@ def check(args):
 
 def main():
     commands = Commands(__doc__, "prepare")
-    parser = commands.add(toy, "draw the toy set", is_run=False)
+    parser = commands.add(toy, "draw the toy set", uses_out=False)
     parser.add_argument("--root", type=Path, default=TOY, help="folder to draw into")
     parser.add_argument("--seed", type=whole(0, 2 ** 32 - 1), default=0, help="of the drawings")
     parser.add_argument("--train", type=whole(1), default=320, help="training pictures")
     parser.add_argument("--val", type=whole(0), default=80, help="validation pictures")
-    parser = commands.add(voc, "prepare PASCAL VOC 2012", is_run=False)
+    parser = commands.add(voc, "prepare PASCAL VOC 2012", uses_out=False)
     parser.add_argument("--root", type=Path, required=True, help="the devkit's VOC2012, or what holds VOCdevkit")
     parser.add_argument("--sbd", type=Path, help="folder with SBD's train.txt and val.txt")
-    parser = commands.add(coco, "prepare MS COCO 2014", is_run=False)
+    parser = commands.add(coco, "prepare MS COCO 2014", uses_out=False)
     parser.add_argument("--root", type=Path, required=True, help="folder with train2014, val2014 and annotations")
     parser.add_argument("--workers", type=whole(0, 256), default=min(8, os.cpu_count() or 1), help="drawing masks")
-    parser = commands.add(check, "look for what would break a stage", is_run=False)
+    parser = commands.add(check, "look for what would break a stage", uses_out=False)
     parser.add_argument("--data", type=Path, default=TOY, help="data set in VOC layout or labels.txt")
     commands.run()
 

@@ -1,4 +1,4 @@
-"""Every setting of every command in one table: its value in each preset, its type, its meaning.
+"""Every setting that changes a result, in one table: its value in each preset, its type, its meaning.
 
 `voc` and `coco` are the published values (Sec. 4 of the paper; TransCAM, PSA and its DeepLab where that is silent),
 `toy` those of the toy set, `small` for some thousand small photos. A result depends on these settings alone.
@@ -54,7 +54,7 @@ _BACKBONE = {  # of AffinityNet and of the segmenter
     "width": ((64, ..., 4), whole(1, 256), "channels of ResNet-38's stem"),
     "dropout": ((1.0, ..., 0.0), real(0, 1), "factor on the published dropout rates"),
     "optimizer": (("sgd", ..., "adamw"), ("sgd", "adamw"), "adamw is ours, for short trainings from scratch"),
-    "weight_decay": ((5e-4,), real(0), "on weights, not on biases"),
+    "weight_decay": ((5e-4,), real(0), "sgd: not on biases; adamw: on every parameter"),
     **_TRAINING}
 _ARCHS = ("nano", "tiny", "small", "base")
 _TEST = {
@@ -95,7 +95,7 @@ SETTINGS = {  # command: {setting: ((voc, coco, toy, small), type, meaning)}; `.
         "epochs": ((8, ..., ..., 3), whole(0), "passes over train_aug"),
         "batch_size": ((8,), whole(1, 4096), "crops a step"),
         "crop": ((448, ..., 96, 160), whole(16, 4096), "side of square crops, pixels"),
-        "lr": ((0.01, ..., 3e-3), above(0), "learning rate of SGD; falls as (1 - i/max)^0.9"),
+        "lr": ((0.01, ..., 3e-3), above(0), "learning rate; falls as (1 - i/max)^0.9"),
         "momentum": ((5e-4,), real(0, 1), "momentum of SGD; the published code passes the weight decay here"),
         **_BACKBONE},
     "psa walk": {
@@ -106,7 +106,7 @@ SETTINGS = {  # command: {setting: ((voc, coco, toy, small), type, meaning)}; `.
         "iterations": ((20000, ..., 1000, 1500), whole(0), "optimizer steps"),
         "batch_size": ((10, ..., 8, 8), whole(1, 4096), "crops a step"),
         "crop": ((448, ..., 96, 224), whole(16, 4096), "side of square crops, pixels"),
-        "lr": ((1e-3, ..., 3e-3), above(0), "learning rate of SGD; falls as (1 - i/(max+1))^0.9"),
+        "lr": ((1e-3, ..., 3e-3), above(0), "learning rate; falls as (1 - i/(max+1))^0.9"),
         "scale_range": (((0.5, 1.5), ..., (0.4, 0.6), (0.7, 1.1)), (RANGE, above(0, 8)), "of the photo, in training"),
         "freeze_bn": ((False, ..., ..., True), SWITCH, "keep the backbone's BatchNorm: for small batches, short runs"),
         "head_std": ((0.0, ..., ..., 0.01), real(0),

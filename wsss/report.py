@@ -28,9 +28,9 @@ from wsss.masks import VOID, overlay, palette
 from wsss.pictures import FIGURE, MAPS, PAGE, glow, heat, look, sheet, stages_of
 from wsss.presets import defaults, whole
 from wsss.seeds import combine_scales, hard_threshold
-from wsss.stage import STAGES, FlagError, InputError, find_record, older_than, require_same, write, write_lines
+from wsss.stage import STAGES, FlagError, InputError, find_record, note_if_older, require_same, write, write_lines
 
-PROBABLE = 0.5  # from this probability on a class counts as found
+PROBABLE = 0.5  # classes of a higher probability are drawn
 THRESHOLD = 0.4  # of the seeds, where none was scored
 ROWS = {  # of Table 5: name, line in Figure 4
     "transcam": ("TransCAM (baseline)", "black"), "no-noise": ("without noise", "tab:red"),
@@ -61,9 +61,9 @@ def seed_threshold(args):
 def open_run(args, dataset):
     """-> folder of a run, kinds of its class maps, threshold of the seeds; InputError where other data made it"""
     record = require_same(args.out, "cams", args.preset, dataset)
-    for name, (what, _) in STAGES.items():
-        if find_record(args.out, name) and (older := older_than(args.out, name)):
-            print(f"note: the {what} in {args.out}: {older}")
+    for name in STAGES:
+        if find_record(args.out, name):
+            note_if_older(args.out, name)
     kinds = [kind for kind in MAPS if kind == "refined" or record["settings"].get(kind)]
     return args.out, kinds, seed_threshold(args)
 
@@ -78,7 +78,7 @@ def save(path, image, **how):
 
 
 def show_photos(args):
-    """A row a photo: its attention map, CAMs and hard label of the classes found or asked for."""
+    """A row a photo: its attention map, CAMs and hard label of its probable classes, or of --classes."""
     model, network = bnr.load_classifier(args.out, args.device)
     names, record = network["classes"], find_record(args.out, "cams")
     if unknown := [name for name in args.classes or () if name not in names]:
@@ -167,9 +167,9 @@ def read_runs(args):
             for flag, value in settings.items():
                 if flag not in ("loss", "noise", "seed") and known.setdefault((stage, flag), value) != value:
                     runs_have = f"{value} in {row}-seed{seed}, {known[stage, flag]} in other runs"
-                    raise InputError(f"{stage} has {flag} {runs_have}: they are not one table")
+                    raise InputError(f"{stage} has {flag} {runs_have}: these do not belong in one table")
     if not runs:
-        raise InputError(f'no ROW-seedN/results.json in {args.out / "rows"}: run "make results"')
+        raise InputError(f'no results of these SEEDS in {args.out / "rows"}: run "make results", or take SEEDS=...')
     return runs
 
 

@@ -14,7 +14,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from wsss.stage import FlagError, InputError
 from wsss.weights import fetch, load_weights, read_trained, read_weights
 
-FITS = {  # of each flag, how a message ends that tells which file fits
+FITS = {  # {flag: the end of its error, which file fits}
     "resnet38": ": ilsvrc-cls_rna-a1_cls1000_ep-0001.params, or PSA's or SEAM's .pth, fits",
     "backbone_weights": ": torchvision's resnet50 on ImageNet fits"}
 MXNET_NAMES = {"gamma": "weight", "beta": "bias"}
@@ -187,7 +187,7 @@ def start_network(make, args):
     flag = "resnet38" if args.backbone == "resnet38" else "backbone_weights"
     path = getattr(args, flag)
     if args.from_scratch and path:
-        raise FlagError(f"--from-scratch does not read {path}: add --no-from-scratch, or leave the file out")
+        raise FlagError(f"--from-scratch does not read {path}: FROM_SCRATCH=0 (--no-from-scratch) does")
     if flag == "resnet38" and not (path or args.from_scratch):
         raise InputError(f"no weights: RESNET38=FILE, BACKBONE=resnet50 or FROM_SCRATCH=1{FITS[flag]}")
     network = {"backbone": args.backbone, "width": args.width}

@@ -1,7 +1,4 @@
-"""Seeds: class maps scaled to [0, 1], thresholded (Sec. 3.4 of the paper), and the file that they are kept in.
-
-bnr.py writes them; psa.py, evaluate.py and report.py read them.
-"""
+"""Seeds: class maps scaled to [0, 1], thresholded (Sec. 3.4 of the paper), and the file that they are kept in."""
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -60,10 +57,11 @@ def write_seeds(path, classes, size, maps):
     write(path, lambda file: np.savez(file, classes=np.asarray(classes), size=np.asarray(size), **arrays))
 
 
-def read_seeds(path, name="refined"):
+def read_seeds(path, name="refined", photo_size=None):
     """-> classes (k,) int64 in 1..K, maps float32 (k, H, W) in [0, 1]
 
     name: "refined" (M*), "plain" (M), or "eigen" (Eigen-CAM where the plain CAM's largest class is this one).
+    photo_size: (H, W) that they must have
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -75,6 +73,8 @@ def read_seeds(path, name="refined"):
             raise ValueError
     except Exception:  # numpy raises many kinds
         raise InputError(f'{path} is damaged or lacks {name} seeds: delete it and run "make cams"') from None
+    if photo_size and cams.shape[1:] != tuple(photo_size):
+        raise InputError(f'{path} is of a photo of another size: delete it and run "make cams"')
     if name == "eigen" and len(classes):
         winner = read_seeds(path, "plain")[1].argmax(0)
         cams = np.stack([np.where(winner == k, cams[0], 0) for k in range(len(classes))])

@@ -18,12 +18,13 @@ from pathlib import Path
 STAGES = {  # folder in OUT: (what it holds, the make target that makes it)
     "classifier": ("classifier", "train"), "cams": ("seeds", "cams"), "affinity_labels": ("affinity labels", "psa"),
     "affinitynet": ("AffinityNet", "psa"), "pseudo_labels": ("pseudo labels", "psa"),
-    "segmenter": ("segmenter", "seg"), "segmentation": ("segmentation", "seg")}
+    "segmenter": ("segmenter", "seg"), "segmentation": ("segmentations", "seg")}
 TRAININGS = ("classifier", "affinitynet", "segmenter")
 RECORD = "record.json"
-EARLIER = ".earlier"  # the result before, inside the new one, between two renames
+EARLIER = ".earlier"  # folder in the new result that holds the old one until that is deleted
 TEMPORARY = ".wsss"  # ending of a file that is being written
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_ERRORS = {*NO_ROOM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST}
 OF_SYSTEMS = (".DS_Store", "Thumbs.db", "._")  # beginnings of names that file browsers leave behind
 DENIED = {errno.EACCES, errno.EPERM}
 ANOTHER = "take another OUT= (--out)"
@@ -39,7 +40,8 @@ class FlagError(InputError):
 
 
 def disk_remedy(error):
-    return "allow it, or take another folder" if error.errno in DENIED else "make room there, or take another folder"
+    first = "allow it, or " if error.errno in DENIED else "make room there, or " if error.errno in NO_ROOM else ""
+    return f"{first}take another folder"
 
 
 def write(path, save, sync=False):
@@ -143,7 +145,7 @@ def require_same(out, name, preset, dataset=None):
     """The record of a complete stage; InputError where another preset, or other lists, labels or classes made it."""
     record = read_record(out, name)
     if record["preset"] != preset:
-        raise InputError(f"{out / name} was made with another preset: add --preset {record['preset']}, or {ANOTHER}")
+        raise InputError(f"{out / name} is of another preset: add PRESET={record['preset']} (--preset), or {ANOTHER}")
     if dataset and not dataset.is_that_of(record):
         raise InputError(f"{out / name} was made from other lists, labels or classes: {ANOTHER} or FRESH=1 (--fresh)")
     return record
@@ -160,6 +162,11 @@ def older_than(out, name):
         if older := older_than(out, source):
             return older
     return None
+
+
+def note_if_older(out, name):
+    if older := older_than(out, name):
+        print(f"note: the {STAGES[name][0]} in {out}: {older}")
 
 
 def _refuse_foreign(folder):
@@ -184,11 +191,11 @@ class Stage:
     """
 
     def __init__(self, out, name, settings, dataset, preset, reads=(), fresh=False):
-        self.name, self.out, self.fresh = name, out, fresh
+        self.name, self.out = name, out
         self.what = STAGES.get(name, (name,))[0]
         self.done, self.part = out / name, out / f"{name}.part"
         self.resumed = self.complete = False
-        inputs, self.again, self.seen = {}, [], {}  # seen: photo: how often its seed was made again alone
+        inputs, self.again, self.seen = {}, [], {}  # seen: {photo: how often its seed was made again alone}
         for source in reads:
             source_record = require_same(out, source, preset, dataset)
             if older := older_than(out, source):
@@ -216,7 +223,7 @@ class Stage:
 
     def _take_up(self):
         """Go on with the finished or unfinished result, or begin anew; InputError where that would lose one."""
-        records = [(folder, find_record(self.out, folder.name)) for folder in (self.done, self.part)]
+        records = [(folder, find_record(self.out, folder.name)) for folder in (self.part, self.done)]
         records = [(folder, record) for folder, record in records if record]
         for folder, record in records:
             if self._changes(record) or record["inputs"] != self.record["inputs"]:
@@ -243,14 +250,16 @@ class Stage:
                          f"{key} {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value)
 
     def todo(self, names, ending, is_part=False):
-        """Those of the photos whose file is missing, cut short or older than its seed; all where nothing is taken up.
+        """Photos whose file is missing, cut short or older than its seed; all photos where the stage starts anew.
 
         is_part: the names are not all of the stage, whose other files would be lost
         """
-        if not (self.complete or self.resumed):
+        if is_part and not self.complete:
             there = {path.relative_to(self.done).with_suffix("").as_posix() for path in self.done.rglob(f"*{ending}")}
-            if is_part and (lost := there - set(names)):
-                raise InputError(f"{len(lost)} files of {self.done} would be lost: drop --first, --ids, --split")
+            if lost := there - set(names):
+                raise InputError(f'{len(lost)} files of {self.done} would be lost: run "make {STAGES[self.name][1]}" '
+                                 "first, and this without --fresh (FRESH=1)")
+        if not (self.complete or self.resumed):
             return list(names)
         seen = self.record.get("seen", {})
         self.again = [name for name in names if seen.get(name) != self.seen.get(name)

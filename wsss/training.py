@@ -20,7 +20,7 @@ LOWER = "try a lower --lr, or --no-amp; nothing that was there is lost"
 
 
 def seed_of(*numbers):
-    """One 32-bit seed of several numbers, as unlike the next one's as can be."""
+    """One 32-bit seed from several numbers; numbers that are close give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -39,7 +39,7 @@ class Batches:
         self.images, self.batch_size, self.seed, self.workers = images, batch_size, seed, workers
         self.per_epoch = len(images) // batch_size
         if not self.per_epoch:
-            raise InputError(f"{len(images)} training images are fewer than --batch-size {batch_size}")
+            raise InputError(f"only {len(images)} training images: lower --batch-size {batch_size}")
         if batch_size % WORLD:
             raise FlagError(f"--batch-size {batch_size} is not a multiple of {WORLD} processes")
 
@@ -89,7 +89,7 @@ def train_step(model, optimizer, batch, loss_of, scaler, seed, mixed, micro_batc
 
 @torch.inference_mode()
 def outputs(model, images, compute, batches, device, mixed):
-    """compute(model, batch) of all `images`, in their order, by as many as there are in a batch."""
+    """compute(model, batch) of all `images`, in order, a batch at a time."""
     model.eval()
     computed = []
     for batch in loader(images, device, batches.workers, batch_size=batches.batch_size):
@@ -115,17 +115,17 @@ def _resume(checkpoint, run, parts):
     return saved["step"]
 
 
-def _means(run, block, step, device):
+def _means(run, steps, step, device):
     """The mean loss and terms of some steps, over all processes; InputError where one is not finite."""
     means = {}
-    for name in block[0]:
-        values = torch.stack([torch.as_tensor(sums[name], dtype=torch.float32) for sums in block]).cpu()
+    for name in steps[0]:
+        values = torch.stack([torch.as_tensor(sums[name], dtype=torch.float32) for sums in steps]).cpu()
         if dist.is_initialized():  # each process has its share of the loss
             values = values.to(device)
             dist.all_reduce(values)
         bad = (~values.isfinite()).nonzero()
         if len(bad):
-            at = step - len(block) + int(bad[0]) + 1
+            at = step - len(steps) + int(bad[0]) + 1
             raise InputError(f"the loss of {run.name} is {values[bad[0]].item()} at step {at}: {LOWER}")
         means[name] = values.mean().item()
     return means
@@ -161,7 +161,7 @@ def fit(run, model, optimizer, batches, loss_of, steps, network, schedule=lambda
         run.save(name, lambda file: torch.save(state, file))
 
     model.train()
-    block, saved_at, block_at = [], time.monotonic(), time.monotonic()
+    unlogged, saved_at, logged_at = [], time.monotonic(), time.monotonic()
     shares = batches.shares(step, steps)
     loaded, mixed = loader(batches.images, device, batches.workers, batch_sampler=shares), autocast(device, amp)
     with bar(steps * batches.batch_size, run.name, step * batches.batch_size) as progress:
@@ -171,23 +171,23 @@ def fit(run, model, optimizer, batches, loss_of, steps, network, schedule=lambda
             batch = [x.to(device, non_blocking=True) for x in batch]
             try:
                 seed = 2, batches.seed, step
-                block.append(train_step(model, optimizer, batch, loss_of, scaler, seed, mixed, micro_batch))
+                unlogged.append(train_step(model, optimizer, batch, loss_of, scaler, seed, mixed, micro_batch))
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
                 raise InputError("BatchNorm sees one value: raise --crop, --batch-size or --micro-batch") from None
             step += 1
             progress.update(batches.batch_size)
-            ends = step == steps or step % batches.per_epoch == 0
+            epoch_ends = step == steps or step % batches.per_epoch == 0
             due = time.monotonic() - saved_at > SAVE_SECONDS
-            if not ends and len(block) < LOG_STEPS and (WORLD > 1 or not due):  # several must log at the same step
+            if not epoch_ends and len(unlogged) < LOG_STEPS and (WORLD > 1 or not due):  # all log at one step
                 continue
-            line = {"step": step, "steps": steps, **_means(run, block, step, device),
+            line = {"step": step, "steps": steps, **_means(run, unlogged, step, device),
                     "lr": optimizer.param_groups[0]["lr"],
-                    "images_s": round(len(block) * batches.batch_size / max(time.monotonic() - block_at, 1e-9), 1),
+                    "images_s": round(len(unlogged) * batches.batch_size / (time.monotonic() - logged_at + 1e-9), 1),
                     "gb": round(peak_memory(), 2), "precision": precision(device, amp)}
             progress.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
-            if ends and validation and RANK == 0:
+            if epoch_ends and validation and RANK == 0:
                 images, compute, score = validation
                 results = score(outputs(model, images, compute, batches, device, mixed))
                 progress.write(f"step {step}: " + ", ".join(f"{name} {value}" for name, value in results.items()))
@@ -200,7 +200,7 @@ def fit(run, model, optimizer, batches, loss_of, steps, network, schedule=lambda
                 state = {name: part.state_dict() for name, part in parts.items()}
                 save(checkpoint.name, {**state, "step": step, "id": run.record["id"]})
                 saved_at = time.monotonic()
-            block, block_at = [], time.monotonic()
+            unlogged, logged_at = [], time.monotonic()
     save("model.pth", {"model": model.state_dict(), "network": {**network, "id": run.record["id"]}})
     if RANK == 0:
         checkpoint.unlink(missing_ok=True)

@@ -38,7 +38,7 @@ def read_trained(out, name):
     record, path = read_record(out, name), out / name / "model.pth"
     state, network = read_weights(path, f': run "make {STAGES[name][1]}"')
     if network.get("id") != record["id"]:
-        raise InputError(f"{path} does not belong to the record beside it: delete it, and make it again")
+        raise InputError(f'{path} does not belong to the record beside it: delete it and run "make {STAGES[name][1]}"')
     return state, {key: value for key, value in network.items() if key != "id"}
 
 
