@@ -6,8 +6,9 @@ $(foreach name,DATA OUT CONFORMER RESNET38 BACKBONE_WEIGHTS,$(if $(strip $(call 
   $(error $(name) has a blank or a sign that a shell reads: take another name)))
 DATA ?= data/toy
 override DATA := $(patsubst ./%,%,$(DATA:%/=%))
-OUT     ?= out/$(notdir $(or $(realpath $(DATA)),$(abspath $(DATA))))
-PRESET  ?= $(if $(filter data/toy,$(DATA)),toy,voc)
+REAL    := $(or $(realpath $(DATA)),$(abspath $(DATA)))
+OUT     ?= out/$(notdir $(REAL))
+PRESET  ?= $(if $(filter $(CURDIR)/data/toy,$(REAL)),toy,voc)
 SEED    ?= 0
 SEEDS   ?= 0 1 2
 ROWS    ?= transcam no-noise noise-x1 noise-x2
@@ -16,7 +17,7 @@ PYTHON  ?= .venv/bin/python
 # A switch is on at 1, yes, true; off at 0, no, false or nothing.
 on = $(if $(filter-out 0 no false,$($1)),$(if $(filter 1 yes true,$($1)),$2,$(error $1=$($1) is neither 1 nor 0)))
 ENV     := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
-TOY     := $(if $(filter data/toy,$(DATA)),data/toy/toy.json)
+TOY     := $(if $(filter $(CURDIR)/data/toy,$(REAL)),data/toy/toy.json)
 TRAIN   := $(if $(GPUS),$(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(GPUS),$(PYTHON))
 COMMON  := --data $(DATA) --out $(OUT) --preset $(PRESET) --seed $(SEED) $(if $(DEVICE),--device $(DEVICE)) \
            $(call on,FRESH,--fresh)

@@ -20,7 +20,6 @@ from wsss.cli import Commands, run_stage
 from wsss.data import JITTER, MEAN_COLOUR, DataSet, Images, random_long_side, square, to_tensor
 from wsss.evaluate import mean_average_precision
 from wsss.pool import autocast, for_each_photo
-from wsss.presets import defaults
 from wsss.seeds import eigen_cam, read_seeds, write_seeds
 from wsss.stage import EARLIER, FlagError, InputError, note_if_older, require_same, write
 from wsss.training import Batches, fit
@@ -28,8 +27,6 @@ from wsss.weights import load_weights, read_trained, read_weights
 
 TRANSCAM_FITS = ": a TransCAM classifier on Conformer-{} fits"  # how a message ends on a weight file
 
-
-# ---------------------------------------------------------------- equations, as written
 
 def class_activation_map(features, weight, bias):
     """Eq. 1: M = head(f). The paper writes a product with w; TransCAM and we use a 3x3 convolution.
@@ -118,6 +115,11 @@ def forward(model, images):
     return cam, cam.float().mean((2, 3)) + model.trans_cls_head(token), qks
 
 
+def logits(model, images):
+    """z, of the image labels. (B, 3, H, W)  ->  (B, K)"""
+    return forward(model, images)[1]
+
+
 def losses(model, images, labels, loss, noise):
     """L_cls alone ("transcam") or with L_M** ("bnr"). noise: the factor of eq. 6; None puts M* itself into the loss.
 
@@ -164,7 +166,7 @@ def train(args):
     hint = file_that_fits(args.arch)
     if args.crop % STRIDE:
         raise FlagError(f"--crop {args.crop} is not a multiple of {STRIDE}")
-    if args.from_scratch and args.pretrained != defaults("bnr train", args.preset)["pretrained"]:
+    if args.from_scratch and isinstance(args.pretrained, Path):
         raise FlagError(f"--from-scratch does not read {args.pretrained}: FROM_SCRATCH=0 (--no-from-scratch) does")
     if not (args.pretrained or args.from_scratch):
         raise InputError(f"no weights: CONFORMER=FILE, resnet50 (--pretrained), FROM_SCRATCH=1 (--from-scratch){hint}")
@@ -182,13 +184,15 @@ def train(args):
 
     def work(run):
         pretrained = None if args.from_scratch else args.pretrained
+        if pretrained != args.pretrained:
+            print(f"note: --from-scratch does not read {args.pretrained}")
         model = start_classifier(args.arch, len(dataset.classes), pretrained, args.sharpness)
         model = model.to(args.device, memory_format=torch.channels_last)
         optimizer = make_optimizer(model, args.lr, args.weight_decay, args.head_lr, args.transformer_lr)
         network = {"arch": args.arch, "classes": dataset.classes, "crop": args.crop}
         fit(run, model, optimizer, batches, partial(loss_of_images, loss=args.loss, noise=args.noise),
             args.epochs * batches.per_epoch, network, amp=args.amp, micro_batch=args.micro_batch,
-            validation=(images_of_val, lambda model, images: forward(model, images)[1], score) if val else None)
+            validation=(images_of_val, logits, score) if val else None)
 
     run_stage(args, "classifier", work, dataset, hints={"pretrained": hint})
 
@@ -272,6 +276,8 @@ def export(args):
     """Write the seeds of every photo as DIR/ID/CLASS.npy, float32 (H, W) in [0, 1], for other people's code."""
     dataset, folder = DataSet(args.data), args.out / "cams"
     require_same(args.out, "cams", args.preset, dataset)
+    if args.to.is_dir() and any(args.to.iterdir()):
+        raise InputError(f"{args.to} is not empty: take another --to")  # maps of other classes would stay
     note_if_older(args.out, "cams")
     for path in sorted(folder.rglob("[!.]*.npz")):
         if EARLIER in path.parts:  # of a result that is being replaced

@@ -30,8 +30,6 @@ RADIUS = 5  # places within it are compared
 NEW = ("f8", "f9")  # beginnings of the names of layers that no file has
 
 
-# ---------------------------------------------------------------- equations, on pairs of places
-
 def affinity(start, end):
     """Affinity of pairs of places: exp(-mean |f_i - f_j|). As written; the run uses `affinities`, of all pairs at once.
 

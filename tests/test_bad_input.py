@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import run, run_process
 from PIL import Image
-from small_run import NEW, SMALL, STAGES, WHERE, contents, refused, stage
+from small_run import EXPORT, NEW, SMALL, STAGES, WHERE, contents, refused, stage
 
 LISTS, PHOTO = "data/ImageSets/Segmentation", "data/JPEGImages/toy_0000.jpg"
 MASK = "data/SegmentationClass/toy_0000.png"
@@ -120,7 +120,7 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
     "class ..": (put("data/classes.txt", "cat\n../../evil"), train, "data has the class '../../evil', which"),
     "no data": (NOTHING, ("bnr", "train", "--data", "absent", *SMALL), "absent is not a data set"),
     "data is a file": (NOTHING, ("bnr", "train", "--data", PHOTO, *SMALL), "is not a data set"),
-    "object without a name": (xml("<a><object/></a>"), train, "the label '' of toy_0000 is not one of its classes"),
+    "object without a name": (xml("<a><object/></a>"), train, "the label '' of toy_0000 is not in classes.txt"),
     # photos
     **{f"photo {what}": (spoil(PHOTO), train, f"cannot read {PHOTO}.*{says}") for what, spoil, says in (
         ("cut", cut, "truncated"), ("empty", put, ""), ("text", lambda path: put(path, "hello"), ""))},
@@ -211,6 +211,7 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
     # places to write to, sizes, devices
     "out is a file": (put("new"), train, "new"),
     "out is below a file": (put("new"), (*train, "--out", "new/out"), "new/out"),
+    "export again": (put("maps/a/cat.npy"), (*EXPORT, *WHERE), "maps is not empty: take another --to"),
     "export to a file": (put("file"), ("bnr", "export", "--to", "file", *WHERE),
                          "file/toy_0000: Not a directory: take another folder"),
     "batch too large": (NOTHING, (*train, "--batch-size", 99), "only 4 training images: lower --batch-size 99"),
@@ -233,8 +234,7 @@ FLAGS = {  # command: wrong flags
         ("--crop", 1000000), ("--lr", 0), ("--lr", "nan"), ("--lr", "inf"), ("--weight-decay", -1), ("--seed", 2 ** 32),
         ("--workers", -1), ("--long-side", 96, 64), ("--long-side", 0, 64), ("--noise", "loud"), ("--noise", 0),
         ("--micro-batch", -1), ("--sharpness", "nan"), ("--preset", "mine"), ("--arch", "huge"), ("--loss", "mse"),
-        ("--device", "mps"), ("--device", "cpu:x"), ("--from-scratch", "--pretrained", PHOTO), ("--unknown",),
-        ("--from-scratch", "--pretrained", "resnet50")),
+        ("--device", "mps"), ("--device", "cpu:x"), ("--from-scratch", "--pretrained", PHOTO), ("--unknown",)),
     ("bnr", "cams"): (("--scales", 0), ("--scales", "nan"), ("--scales", "x"), ("--batch-size", 0)),
     ("psa", "train"): (("--width", 0), ("--crop", 100), ("--crop", 16), ("--dropout", 1.5), ("--momentum", 2)),
     ("psa", "labels"): (("--foreground", 1.1), ("--background", -0.1), ("--foreground", 0.1, "--background", 0.3)),

@@ -54,7 +54,8 @@ def test_a_folder_of_photos_with_labels_is_a_data_set(tmp_path):
     ("x.jpg", "x.png cat", "line 2 .'x.png cat'. names x.png, but the photo is x.jpg"),
     ("x.jpg", "../x cat", "line 2 .'../x cat'. has the id '../x', which would lead out"),
     ("cat (1).jpg", "cat (1).jpg\tcat", ["cat (1)"]), ("x.jpg.jpg", "x.jpg.jpg cat", ["x.jpg"]),
-    ("x.jpg.jpg", "x.jpg cat", ["x.jpg"]), ("x.bmp", "x.bmp cat", ["x"]), ("x.TIF", "x cat", ["x"])])
+    ("x.jpg", "./x.jpg cat", ["x"]),
+    ("x.jpg.jpg", "x.jpg cat", "line 2 .'x.jpg cat'.$"), ("x.bmp", "x.bmp cat", ["x"]), ("x.TIF", "x cat", ["x"])])
 @pytest.mark.parametrize("is_voc", [False, True])
 def test_a_line_is_read_as_what_it_says_or_refused(tmp_path, is_voc, photos, line, says):
     root = make_set(tmp_path / "voc", ids=()) if is_voc else tmp_path

@@ -129,6 +129,10 @@ def test_too_little_memory_is_told_in_one_line(here, monkeypatch, work):
     assert "Traceback" not in said
 
 
+def test_from_scratch_a_word_for_weights_is_not_read_and_this_is_told(here):
+    assert "note: --from-scratch does not read resnet50" in run(*STAGES["classifier"], *NEW, "--pretrained", "resnet50")
+
+
 def test_a_worker_that_dies_is_told_in_one_line(here, monkeypatch):
     monkeypatch.setattr(bnr, "attend", lambda *given: exec('raise RuntimeError("DataLoader worker (pid 7) is killed")'))
     assert "\nerror: a worker process died, perhaps out of memory" in run(*STAGES["classifier"], *NEW, status=1)

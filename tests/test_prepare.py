@@ -275,7 +275,7 @@ def test_check_looks_at_everything_before_it_fails(tmp_path):
     (lists / "train.txt").write_text("a\nb\nc\n")
     assert any("lacks 1 of 3 masks of train, first c.png" in line for line in problems_of(tmp_path))
     (tmp_path / "labels.txt").write_text("a cat\nb cat\nc cow\nd cat\n")
-    assert "the label 'cow' of c is not one of its classes" in problems_of(tmp_path)[0]
+    assert "the label 'cow' of c is not in classes.txt" in problems_of(tmp_path)[0]
 
 
 def test_check_reads_a_folder_of_photos_with_labels(tmp_path):

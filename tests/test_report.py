@@ -213,7 +213,7 @@ def test_maps_of_a_photo_are_those_of_the_seeds_file(here):
 def test_figures_are_drawn_or_what_they_lack_is_named(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     said = report("figures", "--height", 32, status=1)
-    assert 'no seeds in out/rows/transcam-seed0: run "make results ROWS=transcam"' in said
+    assert 'no seeds in out/rows/transcam-seed0: make results ROWS=transcam SEEDS=0' in said
     for row in ("transcam", "noise-x1"):
         for stage in ("cams", "classifier", "segmentation"):
             shutil.copytree(f"out/{stage}", f"out/rows/{row}-seed1/{stage}")

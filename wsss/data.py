@@ -41,7 +41,7 @@ def photo_id(text, source="the list"):
     name = name.removesuffix(ending) if ending.lower() in PHOTOS else name
     if not name or leads_out(name):
         raise InputError(f"{source} has the id {text!r}, which would lead out of the folder")
-    return name
+    return Path(name).as_posix()  # less "./"
 
 
 def read_entries(path):
@@ -173,8 +173,6 @@ class DataSet:
         path = self.image(name)
         if path.is_file() and path.suffix == ending:
             return name
-        if self.image(name + ending).is_file():  # an id that ends like a photo: "x.jpg" of x.jpg.jpg
-            return name + ending
         if path.is_file():
             raise InputError(f"{where} names {text}, but the photo is {path.name}")
         return name
@@ -203,7 +201,7 @@ class DataSet:
         for row, name in enumerate(ids):
             for label in self.names(name):
                 if label not in number:
-                    raise InputError(f"{self.root}: the label {label!r} of {name} is not one of its classes")
+                    raise InputError(f"{self.root}: the label {label!r} of {name} is not in classes.txt (or VOC's 20)")
                 out[row, number[label]] = 1
         return out
 

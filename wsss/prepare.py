@@ -244,7 +244,7 @@ def main():
     parser.add_argument("--root", type=Path, default=TOY, help="folder to draw into")
     parser.add_argument("--seed", type=whole(0, 2 ** 32 - 1), default=0, help="of the drawings")
     parser.add_argument("--train", type=whole(1), default=320, help="training pictures")
-    parser.add_argument("--val", type=whole(0), default=80, help="validation pictures")
+    parser.add_argument("--val", type=whole(1), default=80, help="validation pictures")
     parser = commands.add(voc, "prepare PASCAL VOC 2012", uses_out=False)
     parser.add_argument("--root", type=Path, required=True, help="the devkit's VOC2012, or what holds VOCdevkit")
     parser.add_argument("--sbd", type=Path, help="folder with SBD's train.txt and val.txt")

@@ -151,7 +151,7 @@ def run_of(args, dataset, row, name):
     """Folder of a run of Table 5; InputError naming the command that makes the stage."""
     folder = args.out / "rows" / f"{row}-seed{args.random_seeds[0]}"
     if not find_record(folder, name):
-        raise InputError(f'no {STAGES[name][0]} in {folder}: run "make results ROWS={row}"')
+        raise InputError(f'no {STAGES[name][0]} in {folder}: make results ROWS={row} SEEDS={args.random_seeds[0]}')
     require_same(folder, name, args.preset, dataset)
     return folder
 
