@@ -1,8 +1,8 @@
 """PSA (Ahn & Kwak 2018): from seeds affinity labels, AffinityNet, random walk, pseudo labels. Sec. 3.4, 4.2.
 
-    python psa.py labels   OUT/cams                                       -> OUT/affinity_labels/ID.png (255: not sure)
-    python psa.py train    OUT/affinity_labels                            -> OUT/affinitynet/model.pth
-    python psa.py walk     OUT/affinitynet/model.pth, OUT/cams            -> OUT/pseudo_labels/ID.png
+    python psa.py labels   photos, OUT/cams                              -> OUT/affinity_labels/ID.png (255: not sure)
+    python psa.py train    photos, OUT/affinity_labels                   -> OUT/affinitynet/model.pth
+    python psa.py walk     photos, OUT/affinitynet/model.pth, OUT/cams   -> OUT/pseudo_labels/ID.png
 """
 import wsss  # noqa: F401, first, so that a package that is missing is named
 import warnings
@@ -275,7 +275,7 @@ def walk_scores(net, photo, cams, background_score, beta, steps):
     maps = F.pad(torch.cat([torch.full_like(photo[:1], background_score), cams]), pad)
     features = net(F.pad(photo, pad)[None])
     radius = radius_for(*features.shape[2:])
-    with torch.autocast(photo.device.type, enabled=False):  # in half a constant map would not stay one
+    with torch.autocast(photo.device.type, enabled=False):  # in half precision a constant map would drift
         return sparse_walk(F.avg_pool2d(maps, STRIDE), affinities(features, radius)[0], radius, beta, steps)
 
 

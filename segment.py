@@ -1,6 +1,6 @@
 """The segmenter: DeepLab-LargeFOV on ResNet-38, trained on the pseudo labels. Sec. 4.2 and 4.3 of the paper.
 
-    python segment.py train     OUT/pseudo_labels          -> OUT/segmenter/model.pth
+    python segment.py train     photos, OUT/pseudo_labels  -> OUT/segmenter/model.pth
     python segment.py predict   OUT/segmenter/model.pth    -> OUT/segmentation/ID.png of val
     python segment.py submit    OUT/segmenter/model.pth    -> OUT/results.tar.gz, VOC's test list for its server
     python segment.py predict PHOTO_OR_FOLDER ...          -> OUT/predictions/ID.png and ID_overlay.png, of any photos

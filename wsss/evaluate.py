@@ -170,7 +170,7 @@ def stage_rows(scorer, out, records):
     def add(title, split, name, ending, score):
         ids, (what, target) = splits[split], STAGES[name]
         if name == "affinity_labels":  # made of train_aug alone
-            ids = [one for one in ids if one in set(splits["train_aug"])]
+            ids = sorted({*ids} & {*splits["train_aug"]})
         has_masks = any(dataset.mask(one).is_file() for one in ids)
         have = [one for one in ids if is_whole(out / name / f"{one}{ending}")] if name in records else []
         row = {"stage": title, "of": name, "id": records.get(name, {}).get("id"), "split": split,
