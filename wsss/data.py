@@ -201,7 +201,7 @@ class DataSet:
         for row, name in enumerate(ids):
             for label in self.names(name):
                 if label not in number:
-                    raise InputError(f"{self.root}: the label {label!r} of {name} is not in classes.txt (or VOC's 20)")
+                    raise InputError(f"{self.root}: the label {label!r} of {name} is not in classes.txt (or VOC's)")
                 out[row, number[label]] = 1
         return out
 
