@@ -23,7 +23,7 @@ from wsss.masks import VOID, classes_in, contradictions, overlay, read_mask, wri
 from wsss.pool import autocast, for_each_photo
 from wsss.presets import whole
 from wsss.resnet38 import FITS, freeze_batch_norm, load_network, make_psa_optimizer, start_network
-from wsss.stage import note_if_older, require, require_same, write
+from wsss.stage import InputError, note_if_older, require, require_same, write
 from wsss.training import Batches, falling_rate, fit
 
 MOMENTUM = 0.9
@@ -190,6 +190,8 @@ def predict_paths(args):
     """Segment any photos, from no data set -> OUT/predictions/ID.png and ID_overlay.png"""
     folder, is_out = args.out / "predictions", args.out.resolve() in map(Path.resolve, args.paths)
     photos = photos_in(args.paths, leave_out=folder if is_out else args.out)
+    if clash := next((name for name in photos if f"{name}_overlay" in photos), None):
+        raise InputError(f"{clash}_overlay.png would be a mask and the overlay of {clash}: rename {clash}_overlay")
     require_same(args.out, "segmenter", args.preset)
     note_if_older(args.out, "segmenter")
     if there := [name for name in photos if (folder / f"{name}.png").exists()]:

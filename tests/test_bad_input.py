@@ -130,6 +130,9 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
     "fifo to predict": (fifo("pipe.jpg"), (*predict, "pipe.jpg", *WHERE), "pipe.jpg is neither a photo nor a folder"),
     "nothing to predict": (put("mine/a.txt"), (*predict, "mine", *WHERE), "no photos in mine: of .jpg"),
     "ids .. to predict": (NOTHING, (*predict, "--ids", "../evil", *WHERE), "--ids has the id '../evil'"),
+    "a photo of floats": (picture(PHOTO, (9, 9), "F", 0, "TIFF"), train, f"cannot read {PHOTO}: its pixels are floats"),
+    "photo named as an overlay": (all_of(put("two/a.jpg"), put("two/a_overlay.jpg")), (*predict, "two", *WHERE),
+                                  "a_overlay.png would be a mask and the overlay of a: rename a_overlay"),
     "two photos of an id": (all_of(put("two/a.jpg", "1"), put("two/a.png", "2")), (*predict, "two", *WHERE),
                             "two photos have the id a"),
     # masks, labels

@@ -101,14 +101,11 @@ def test_attend_to_equal_keys_averages_the_maps_with_a_zero_for_the_class_token(
     assert_close(bnr.attend([flat, flat], maps), 2 * mean.expand_as(maps))  # blocks are summed
 
 
-def test_soft_margin_loss_is_log_2_at_zero_and_small_for_sure_and_right_logits():
+def test_soft_margin_loss_is_log_2_at_zero_and_small_for_sure_and_right_logits_and_bnr_loss_is_a_sum():
     labels = tensor([[1.0, 0, 1], [0, 0, 1]])
     assert bnr.soft_margin_loss(torch.zeros(2, 3), labels).item() == pytest.approx(math.log(2))
     assert bnr.soft_margin_loss(200 * labels - 100, labels).item() == pytest.approx(0)
     assert bnr.soft_margin_loss(100 - 200 * labels, labels).item() == pytest.approx(100)
-
-
-def test_bnr_loss_is_the_sum_of_both():
     assert bnr.bnr_loss(tensor(0.25), tensor(0.5)).item() == 0.75
 
 

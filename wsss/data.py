@@ -234,6 +234,8 @@ def read_image(path):
     require([path], "photos")
     try:
         image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode == "F":
+            raise ValueError("its pixels are floats: save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits, which Pillow would cut, not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")

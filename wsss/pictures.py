@@ -1,7 +1,4 @@
-"""Pictures of what the stages made. `report.py` finds the runs, and hands over folders and arrays.
-
-    python -m wsss.report show|gallery|figures    -> OUT/show.png, OUT/report/, OUT/figures/
-"""
+"""Pictures of what the stages made. `report.py` finds the runs, and hands over folders and arrays."""
 from string import Template
 
 import torch

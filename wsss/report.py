@@ -299,7 +299,8 @@ def main():
         parser.add_argument("--ids", nargs="+", help="photos of the data set (default: the first of the list)")
         parser.add_argument("--first", type=whole(1), default=4, help="only so many of the list")
     for parser in (draw, table):
-        parser.add_argument("--random-seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="of the runs")
+        parser.add_argument("--random-seeds", type=whole(0), nargs="+", default=[0, 1, 2],
+                            help="of the runs; figures 1, 3 and 5 are of the first")
     commands.run()
 
 

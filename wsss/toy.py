@@ -1,7 +1,4 @@
-"""Pictures of the toy set: animals of one fur from head to tail, told apart by marks, before five scenes.
-
-`python -m wsss.prepare toy` draws them. The same pixels for the same generator.
-"""
+"""Pictures of the toy set: animals of one fur from head to tail, told apart by marks, before five scenes."""
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
