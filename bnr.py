@@ -277,7 +277,7 @@ def export(args):
     dataset, folder = DataSet(args.data), args.out / "cams"
     require_same(args.out, "cams", args.preset, dataset)
     if args.to.is_dir() and any(args.to.iterdir()):
-        raise InputError(f"{args.to} is not empty: take another --to")  # maps of other classes would stay
+        raise InputError(f"{args.to} is not empty: remove it, or take another --to")  # maps of other classes would stay
     note_if_older(args.out, "cams")
     for path in sorted(folder.rglob("[!.]*.npz")):
         if EARLIER in path.parts:  # of a result that is being replaced

@@ -214,7 +214,7 @@ ROWS = {  # what is wrong: (what makes it so, the command, what the line says)
     # places to write to, sizes, devices
     "out is a file": (put("new"), train, "new"),
     "out is below a file": (put("new"), (*train, "--out", "new/out"), "new/out"),
-    "export again": (put("maps/a/cat.npy"), (*EXPORT, *WHERE), "maps is not empty: take another --to"),
+    "export again": (put("maps/a/cat.npy"), (*EXPORT, *WHERE), "maps is not empty: remove it, or take another --to"),
     "export to a file": (put("file"), ("bnr", "export", "--to", "file", *WHERE),
                          "file/toy_0000: Not a directory: take another folder"),
     "batch too large": (NOTHING, (*train, "--batch-size", 99), "only 4 training images: lower --batch-size 99"),

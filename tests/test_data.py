@@ -13,6 +13,8 @@ from wsss.data import DataSet, photos_in, read_image
 from wsss.masks import VOID, classes_in, contradictions, palette, read_mask, write_mask
 from wsss.stage import InputError
 
+GREEN, MAROON = [0, 128, 0], [128, 0, 0]  # VOC's 2 and 1
+
 
 @pytest.mark.parametrize("lines", ["a\nb\n", "a\r\nb", "/JPEGImages/a.jpg /Masks/a.png\n/JPEGImages/b.jpg /x/b.png\n"])
 def test_lists_are_read_in_both_forms_and_with_any_line_end(tmp_path, lines):
@@ -155,9 +157,6 @@ def test_masks_in_vocs_colours_or_16_bits_become_indices(tmp_path, capsys):
                        ("bits.png", "has one bit a pixel")):
         with pytest.raises(InputError, match=says):
             read_mask(tmp_path / name)
-
-
-GREEN, MAROON = [0, 128, 0], [128, 0, 0]  # VOC's 2 and 1
 
 
 @pytest.mark.parametrize("colours, wrong", [

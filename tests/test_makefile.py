@@ -29,8 +29,7 @@ def test_a_switch_is_on_or_off(value, flag):
     assert ("--from-scratch" in said) == flag and ("--no-from-scratch" in said) == (not flag and value != "")
 
 
-@pytest.mark.parametrize("word, says", [
-    ("FRESH=maybe", "FRESH=maybe is neither 1 nor 0"), ("ROWS=foo", "no row foo in Table 5")])
+@pytest.mark.parametrize("word, says", [("FRESH=maybe", "is neither 1 nor 0"), ("ROWS=foo", "no row foo in Table 5")])
 def test_what_make_does_not_know_is_refused(word, says):
     assert says in make("results", word, status=2)
 

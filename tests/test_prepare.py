@@ -40,8 +40,9 @@ def test_toy_pictures_have_the_promised_sizes_values_and_void_borders():
         assert not ((here != below) & (here != VOID) & (below != VOID)).any()  # void between any two classes
 
 
-def test_a_toy_set_is_a_data_set_without_problems_and_is_drawn_once(tmp_path):
-    assert "4 train, 2 val pictures" in draw(tmp_path)
+def test_a_toy_set_is_a_data_set_without_problems_and_is_drawn_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "4 train, 2 val pictures" in draw(".")
     dataset = DataSet(tmp_path)
     assert dataset.ids("train_aug") == dataset.ids("train") == [f"toy_{n:04d}" for n in range(4)]
     assert dataset.ids("val") == ["toy_0004", "toy_0005"] and dataset.classes == list(prepare.TOY_CLASSES)

@@ -114,10 +114,11 @@ def test_mxnet_file_gives_the_published_tensors(tmp_path, form):
         values = ours[name].double()
         assert [values.sum().item(), values.abs().sum().item()] == pytest.approx([total, absolute], abs=1e-4)
     load_weights(resnet38.ResNet38(1), ours, "golden")
-    raw = (GOLDEN / f"resnet38_div64{form}.params").read_bytes()
-    (tmp_path / "cut.params").write_bytes(raw[:len(raw) // 2])
-    with pytest.raises(InputError, match="cut.params cannot be read as MXNet weights: .*: that fits"):
-        resnet38.read_resnet38(tmp_path / "cut.params", ": that fits")
+    too_long = b"\x12\x01" + bytes(22) + b"\x01" + bytes(14) + b"\x80"  # no arrays, one name of 2^63 bytes
+    for damaged in ((GOLDEN / f"resnet38_div64{form}.params").read_bytes()[:-999], too_long):
+        (tmp_path / "bad.params").write_bytes(damaged)
+        with pytest.raises(InputError, match="bad.params cannot be read as MXNet weights: .*: that fits"):
+            resnet38.read_resnet38(tmp_path / "bad.params", ": that fits")
 
 
 def test_psas_pth_of_resnet38_loads_without_its_heads(tmp_path):

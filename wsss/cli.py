@@ -157,7 +157,7 @@ def run_stage(args, name, work, dataset, reads=(), ids=None, ending=".png", igno
     for key in SETTINGS[args.name]:
         value = getattr(args, key)
         if isinstance(value, Path) and not value.exists():
-            raise InputError(f"no file {value}, named by --{key.replace('_', '-')}{hints.get(key, '')}")
+            raise InputError(f"no file or folder {value}, named by --{key.replace('_', '-')}{hints.get(key, '')}")
         settings[key] = digest(value) if isinstance(value, Path) and value.is_file() else value
     settings = {key: value for key, value in sorted(settings.items()) if key not in ignore}
     run = Stage(args.out, name, settings, dataset, args.preset, reads, args.fresh) if RANK == 0 else None

@@ -187,7 +187,7 @@ def stage_rows(scorer, out, records):
 
     if classifier := records.get("classifier"):
         row = {"stage": "classifier", "of": "classifier", "id": classifier["id"], "split": "val",
-               "n": classifier.get("map_n", 0), "note": "not measured", "map": classifier.get("map"),
+               "n": classifier.get("map_n", 0), "note": "not measured, no list val", "map": classifier.get("map"),
                **out_of_date(out, "classifier", classifier, dataset)}
         if row["map"] is not None and classifier["map_of"] != dataset.digest_of("val"):
             row.setdefault("stale", "measured on another list val: make train FRESH=1")

@@ -14,7 +14,7 @@ VOID = 255  # mask value that never counts
 
 @functools.lru_cache
 def note(line):
-    """Print a line the first time it is said."""
+    """Print a line once, however often it is called."""
     print(line, flush=True)
 
 

@@ -46,7 +46,7 @@ def pick_device(name, computes=True):
             device = card
         except (RuntimeError, AssertionError) as error:  # no GPU, driver or kernels that fit, or no memory left
             is_there = Path("/proc/driver/nvidia/version").exists()
-            why = f"torch {torch.__version__} cannot use it ({str(error).splitlines()[0]}); --device cpu does without"
+            why = f"torch {torch.__version__} cannot use it ({str(error).splitlines()[0]}); --device cpu runs without"
             if name or is_there and WORLD > 1:
                 raise InputError(f"--device {card}: {why}") from None
             if is_there:

@@ -30,7 +30,7 @@ COCO_SIZES = {"train_aug": 82081, "val": 40137}  # photos with an instance
 
 def toy(args):
     """Draw the toy set: a data set in VOC layout, the same pixels for the same seed."""
-    root, part = args.root, args.root.with_name(f".{args.root.name}{TEMPORARY}")
+    root, full = args.root, args.root.resolve()  # "." has no name
     settings = {"seed": args.seed, "train": args.train, "val": args.val, "classes": list(TOY_CLASSES)}
     if (root / "toy.json").is_file():
         if read_json(root / "toy.json") != settings:
@@ -38,6 +38,7 @@ def toy(args):
         return print(f"{root} is drawn already")
     if root.exists() and any(root.iterdir()):
         raise InputError(f"{root} holds something else: not drawing over it")
+    part = full.with_name(f".{full.name}{TEMPORARY}")
     shutil.rmtree(part, ignore_errors=True)  # of a drawing that was interrupted
     names, labels = [f"toy_{n:04d}" for n in range(args.train + args.val)], []
     for n, name in enumerate(tqdm(names, desc="toy set", unit="img")):
@@ -51,7 +52,7 @@ def toy(args):
     for split, chosen in (("train_aug", train), ("train", train), ("val", val)):
         write_lines(part / f"ImageSets/Segmentation/{split}.txt", chosen)
     write_json(part / "toy.json", settings)
-    os.replace(part, root)
+    os.replace(part, full)
     print(f"{root}: {len(train)} train, {len(val)} val pictures")
 
 

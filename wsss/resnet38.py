@@ -142,14 +142,14 @@ def read_mxnet(path, hint=""):
             raise ValueError("no MXNet list")
         arrays = [array() for _ in range(take("<u8"))]
         names = [take("u1", int(take("<u8"))).tobytes().decode("latin1") for _ in range(take("<u8"))]
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, OverflowError) as error:
         raise InputError(f"{path} cannot be read as MXNet weights: {error}{hint}") from None
     return dict(zip(names, arrays))
 
 
 def read_resnet38(path, hint=""):
     """ResNet-38's weights, from the MXNet file or a .pth of PSA or SEAM, less their heads. -> name: tensor"""
-    if path.suffix != ".params":
+    if path.suffix != ".params" or not path.is_file():
         known = ResNet38(1).state_dict()
         return {k: v for k, v in read_weights(path, hint)[0].items() if k in known}
     out = {}
