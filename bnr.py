@@ -100,7 +100,7 @@ def attend(qks, maps):
 
 
 def noisy_logits(qks, refined, noise):
-    """GAP(M**), eqs. 6 and 7: Ā* M* = `attend` of M* by the number of blocks, with queries and keys held constant.
+    """GAP(M**), eqs. 6 and 7: Ā* M* = `attend` of M* / number of blocks, with queries and keys held constant.
 
     qks: list of (q, k), each (B, H, 1+N, D/H); refined: M* (B, K, h, w)  ->  (B, K)
     """

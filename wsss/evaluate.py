@@ -179,7 +179,7 @@ def stage_rows(scorer, out, records):
             row["note"] = f"not run: make {target}" if has_masks else "no masks" if ids else "no photos to score"
             return rows.append(row)
         if len(have) < len(ids):
-            missing = next(one for one in ids if one not in set(have))
+            missing = min({*ids} - {*have})
             row["missing"] = f"{len(ids) - len(have)} of {len(ids)} {what} are missing, first {missing}: make {target}"
         if split == "val" and trained_on:
             row["trained_on"] = f"{trained_on} of these photos stand in {' or '.join(lists)} too, and were trained on"
@@ -187,7 +187,7 @@ def stage_rows(scorer, out, records):
 
     if classifier := records.get("classifier"):
         row = {"stage": "classifier", "of": "classifier", "id": classifier["id"], "split": "val",
-               "n": classifier.get("map_n", 0), "note": "not measured, no list val", "map": classifier.get("map"),
+               "n": classifier.get("map_n", 0), "note": "not measured", "map": classifier.get("map"),
                **out_of_date(out, "classifier", classifier, dataset)}
         if row["map"] is not None and classifier["map_of"] != dataset.digest_of("val"):
             row.setdefault("stale", "measured on another list val: make train FRESH=1")
